@@ -1,0 +1,90 @@
+"""Block-sparse attention in plain PyTorch: every device and dtype, forward and backward.
+
+Only the blocks of the layout are computed. A tile is a few query blocks against their key blocks,
+small enough that scores stay in cache; full blocks are not masked, partial ones are. There is no
+compilation and no warm-up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..bias import Bias
+from ..call import Call, compute_dtype
+from .gathered import GatheredTiles
+from .slices import SliceTiles
+from .tiles import Tile, Tiles, backward_tile, forward_tile
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
+    """Serves every call that has a layout and something to compute."""
+    if call.layout is None:
+        return "it needs a layout or a mask, and at least one query and one key"
+    return None
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Attention over the blocks of ``call.layout``; differentiable, also through the lse."""
+    seed = 0
+    if call.dropout > 0.0:
+        device = "cpu" if call.generator is None else call.generator.device
+        seed = int(torch.randint(1 << 62, (), generator=call.generator, device=device))
+    learned = () if call.bias is None else call.bias.tensors()
+    out, lse = _Blocks.apply(q, k, v, call, seed, *learned)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+def _tiles(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tiles:
+    layout = call.layout
+    assert layout is not None
+    if layout.permuted or layout.index.shape[:2] != (1, 1):
+        return GatheredTiles(q, k, v, layout)
+    return SliceTiles(q, k, v, layout)
+
+
+def _bias_scores(bias: Bias | None, tile: Tile) -> Tensor | None:
+    return None if bias is None else bias.scores(*tile.where())
+
+
+class _Blocks(torch.autograd.Function):
+    """One pass over the tiles forward, one backward with the scores computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, seed: int, *learned: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        dtype = compute_dtype(q.dtype)
+        tiles = _tiles(q.to(dtype), k.to(dtype), v.to(dtype), call)
+        keep_lse = call.need_lse or any(x.requires_grad for x in (q, k, v, *learned))
+        for number, tile in enumerate(tiles):
+            drop = (call.dropout, seed + number)
+            tile.write(*forward_tile(tile, call.scale, _bias_scores(call.bias, tile), drop, keep_lse))
+        out, lse = tiles.result()
+        ctx.call, ctx.seed = call, seed
+        ctx.save_for_backward(q, k, v, out, lse, *learned)
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *learned = ctx.saved_tensors
+        call: Call = ctx.call
+        dtype = out.dtype
+        grad_out = grad_out.to(dtype)
+        delta = (grad_out * out).sum(-1) - grad_lse
+        delta = delta.masked_fill(lse == float("-inf"), 0.0)
+        tiles = _tiles(q.to(dtype), k.to(dtype), v.to(dtype), call)
+        tiles.open_gradients(grad_out, delta, lse)
+        buffers = tuple(torch.zeros_like(x) for x in learned)
+        for number, tile in enumerate(tiles):
+            drop = (call.dropout, ctx.seed + number)
+            scores = _bias_scores(call.bias, tile)
+            ds = backward_tile(tile, call.scale, scores, drop)
+            if call.bias is not None and buffers:
+                call.bias.accumulate(buffers, tile.by_head(ds), *tile.where())
+        dq, dk, dv = tiles.gradients()
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, *buffers

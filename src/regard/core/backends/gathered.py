@@ -1,0 +1,222 @@
+"""Tiles of a layout that differs between heads or batch entries: gathered key blocks.
+
+A unit is one query block of one (batch, head). Units with equally many key blocks are computed
+together, a few at a time, so that the gathered keys stay in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import BlockLayout
+from .tiles import TILE_PAIRS
+
+
+def _as_blocks(x: Tensor, side: int, group: int = 1, fill: float = 0.0) -> Tensor:
+    """(B, U * group, L, D) as blocks (B * U * blocks, group * side, D), padded at the end."""
+    b, h, length, d = x.shape
+    blocks = -(-length // side)
+    if blocks * side != length:
+        x = F.pad(x, (0, 0, 0, blocks * side - length), value=fill)
+    x = x.reshape(b, h // group, group, blocks, side, d)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, group * side, d)
+
+
+def _from_blocks(x: Tensor, b: int, units: int, group: int, length: int, side: int) -> Tensor:
+    """The inverse of :func:`_as_blocks`."""
+    x = x.view(b, units, -1, group, side, x.shape[-1]).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, units * group, -1, x.shape[-1])[:, :, :length]
+
+
+def _permute(x: Tensor, perm: Tensor | None) -> Tensor:
+    """Rows of ``x`` (B, H, L, D) in the order of ``perm`` (Bp, Hp, L)."""
+    return x if perm is None else x.gather(2, _wide(perm, x))
+
+
+def _restore(x: Tensor, perm: Tensor | None) -> Tensor:
+    """Undo :func:`_permute`."""
+    return x if perm is None else torch.empty_like(x).scatter_(2, _wide(perm, x), x)
+
+
+def _wide(perm: Tensor, x: Tensor) -> Tensor:
+    """A permutation (Bp, Hp, L) as an index into ``x`` (B, H, L, D); heads of a group share it."""
+    if perm.shape[1] not in (1, x.shape[1]):
+        perm = perm.repeat_interleave(x.shape[1] // perm.shape[1], dim=1)
+    return perm.unsqueeze(-1).expand(x.shape)
+
+
+class GatheredTiles:
+    """Iterates over groups of units with equally many key blocks."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
+        h = q.shape[1]
+        self.layout = layout
+        self.b, self.h, self.n, self.d = q.shape
+        self.hkv, self.m, self.dv_width = k.shape[1], k.shape[2], v.shape[3]
+        shared = h // self.hkv
+        # Heads that share a list are folded into rows; otherwise every query head is its own unit.
+        self.group = shared if layout.index.shape[1] in (1, self.hkv) else 1
+        self.units = h // self.group
+        # A permutation of keys that differs between the heads of a group needs copies of them.
+        perm_k = layout.perm_k
+        self.copies = 1 if perm_k is None or perm_k.shape[1] in (1, self.hkv) else shared
+        if self.copies > 1:
+            k, v = k.repeat_interleave(self.copies, 1), v.repeat_interleave(self.copies, 1)
+        bq, bk = layout.block
+        self.q = _as_blocks(_permute(q, layout.perm_q), bq, self.group)
+        self.k = _as_blocks(_permute(k, layout.perm_k), bk).flatten(1)
+        self.v = _as_blocks(_permute(v, layout.perm_k), bk).flatten(1)
+        self.out = v.new_zeros(len(self.q), self.group * bq, v.shape[3])
+        self.lse = q.new_full((len(self.q), self.group * bq), float("-inf"))
+
+    def __iter__(self) -> Iterator[GatheredTile]:
+        layout = self.layout
+        counts = layout.counts.expand(self.b, self.units, -1).reshape(-1)
+        counts = counts.to("cpu")
+        order = torch.argsort(counts, stable=True)
+        sizes, amounts = torch.unique_consecutive(counts[order], return_counts=True)
+        start = 0
+        for size, amount in zip(sizes.tolist(), amounts.tolist(), strict=True):
+            if size:
+                pairs = self.group * layout.block_q * size * layout.block_k
+                for pick in order[start : start + amount].split(max(1, TILE_PAIRS // pairs)):
+                    yield GatheredTile(self, pick.to(self.q.device), size)
+            start += amount
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        layout, side = self.layout, self.layout.block_q
+        out = _from_blocks(self.out, self.b, self.units, self.group, self.n, side)
+        lse = self.lse.unsqueeze(-1)
+        lse = _from_blocks(lse, self.b, self.units, self.group, self.n, side)
+        return _restore(out, layout.perm_q), _restore(lse, layout.perm_q).squeeze(-1)
+
+    def open_gradients(self, grad_out: Tensor, delta: Tensor, lse: Tensor) -> None:
+        perm, side = self.layout.perm_q, self.layout.block_q
+        self.grad_out = _as_blocks(_permute(grad_out, perm), side, self.group)
+        self.delta = _as_blocks(_permute(delta.unsqueeze(-1), perm), side, self.group)
+        # Rows past the end get weight exp(-inf) = 0, so that they reach no key's gradient.
+        lse = _permute(lse.unsqueeze(-1), perm)
+        self.lse = _as_blocks(lse, side, self.group, fill=float("inf"))
+        self.dq, self.dk, self.dv = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        layout = self.layout
+        dq = _from_blocks(self.dq, self.b, self.units, self.group, self.n, layout.block_q)
+        sides = []
+        for x, width in ((self.dk, self.d), (self.dv, self.dv_width)):
+            x = x.view(-1, layout.block_k, width)
+            x = _from_blocks(x, self.b, self.hkv * self.copies, 1, self.m, layout.block_k)
+            x = _restore(x, layout.perm_k)
+            sides.append(x.unflatten(1, (self.hkv, self.copies)).sum(2) if self.copies > 1 else x)
+        return _restore(dq, layout.perm_q), sides[0], sides[1]
+
+
+class GatheredTile:
+    """Some units, each against ``size`` gathered key blocks."""
+
+    def __init__(self, tiles: GatheredTiles, unit: Tensor, size: int) -> None:
+        self.tiles, self.unit, self.size = tiles, unit, size
+        layout = tiles.layout
+        nq, bl, hl = layout.query_blocks, layout.index.shape[0], layout.index.shape[1]
+        self.row = unit % nq
+        self.batch, self.head = unit // nq // tiles.units, unit // nq % tiles.units
+        self.lb = self.batch if bl > 1 else torch.zeros_like(unit)
+        self.lh = self.head if hl > 1 else torch.zeros_like(unit)
+        if hl > 1 and hl < tiles.units:
+            self.lh = self.head // (tiles.units // hl)
+        blocks = layout.index[self.lb, self.lh, self.row, :size]
+        key_heads = tiles.hkv * tiles.copies
+        key_head = self.head // (tiles.units // key_heads)
+        line = (self.batch * key_heads + key_head)[:, None] * layout.key_blocks
+        self.address = (line + blocks).flatten()
+        self.blocks = blocks
+        self.q = tiles.q.index_select(0, unit)
+        self.k = tiles.k.index_select(0, self.address).view(len(unit), -1, tiles.d)
+        self.v = tiles.v.index_select(0, self.address).view(len(unit), -1, tiles.dv_width)
+        self.flags = layout.partial[self.lb, self.lh, self.row, :size]
+        # A short last block carries padding keys, which must be masked like partial ones.
+        if tiles.m % layout.block_k:
+            self.short = blocks == layout.key_blocks - 1
+        else:
+            self.short = torch.zeros_like(self.flags)
+
+    @property
+    def may_be_empty(self) -> bool:
+        return self.tiles.layout.mask is not None and bool(self.flags.all(-1).any())
+
+    def _split(self, scores: Tensor) -> Tensor:
+        layout = self.tiles.layout
+        return scores.view(
+            len(self.unit), self.tiles.group, layout.block_q, self.size, layout.block_k
+        )
+
+    def block(self, scores: Tensor) -> None:
+        layout = self.tiles.layout
+        split = self._split(scores)
+        if self.tiles.m % layout.block_k:
+            tail = self.tiles.m % layout.block_k
+            at, slot = self.short.nonzero().unbind(-1)
+            split[at, :, :, slot, tail:] = float("-inf")
+        if layout.mask is None:
+            return
+        at, slot = self.flags.nonzero().unbind(-1)
+        if not len(at):
+            return
+        ok = self._allowed(at, slot)
+        if len(at) == self.flags.numel():
+            ok = ok.view(len(self.unit), self.size, layout.block_q, layout.block_k)
+            split.masked_fill_(~ok.transpose(1, 2).unsqueeze(1), float("-inf"))
+        else:
+            part = split[at, :, :, slot].masked_fill(~ok.unsqueeze(1), float("-inf"))
+            split[at, :, :, slot] = part
+
+    def _allowed(self, at: Tensor, slot: Tensor) -> Tensor:
+        """The mask inside blocks (at, slot): bool (P, block_q, block_k)."""
+        layout = self.tiles.layout
+        assert layout.mask is not None
+        b, h = self.lb[at], self.lh[at]
+        i = layout.positions(b, h, self.row[at], keys=False).clamp(min=layout.m - layout.n)
+        j = layout.positions(b, h, self.blocks[at, slot], keys=True).clamp(min=0)
+        ok = layout.mask.allows(
+            i[:, :, None], j[:, None, :], h[:, None, None], b[:, None, None]
+        )
+        return ok.expand(-1, layout.block_q, layout.block_k)
+
+    def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tiles, layout = self.tiles, self.tiles.layout
+        i = layout.positions(self.lb, self.lh, self.row, keys=False)
+        lb, lh = (x.repeat_interleave(self.size) for x in (self.lb, self.lh))
+        j = layout.positions(lb, lh, self.blocks.flatten(), keys=True).view(len(self.unit), -1)
+        i, j = i.clamp(min=layout.m - layout.n), j.clamp(min=0)
+        h = self.head[:, None] * tiles.group + torch.arange(tiles.group, device=i.device)
+        return (
+            i[:, None, :, None],
+            j[:, None, None, :],
+            h[:, :, None, None],
+            self.batch[:, None, None, None],
+        )
+
+    def by_head(self, scores: Tensor) -> Tensor:
+        return scores.view(len(self.unit), self.tiles.group, -1, scores.shape[-1])
+
+    def write(self, out: Tensor, lse: Tensor | None) -> None:
+        self.tiles.out.index_copy_(0, self.unit, out)
+        if lse is not None:
+            self.tiles.lse.index_copy_(0, self.unit, lse)
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        tiles = self.tiles
+        grad_out, delta, lse = (
+            x.index_select(0, self.unit) for x in (tiles.grad_out, tiles.delta, tiles.lse)
+        )
+        return grad_out, delta, lse
+
+    def add(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        tiles = self.tiles
+        tiles.dq.index_copy_(0, self.unit, dq)
+        tiles.dk.index_add_(0, self.address, dk.reshape(len(self.address), -1))
+        tiles.dv.index_add_(0, self.address, dv.reshape(len(self.address), -1))

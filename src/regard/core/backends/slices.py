@@ -1,0 +1,200 @@
+"""Tiles of a layout that all heads share: rows of queries against slices of the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import BlockLayout
+from .tiles import TILE_PAIRS
+
+# Partial blocks whose masks are kept between calls, as bytes; beyond it they are made anew.
+_KEEP = 1 << 26
+
+
+@dataclass(frozen=True)
+class Row:
+    """One query block: rows ``start:stop`` against the key stretches ``runs``."""
+
+    start: int
+    stop: int
+    runs: tuple[tuple[int, int], ...]
+    # Columns of the tile that need the mask, with the positions of their keys.
+    masked: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+    may_be_empty: bool
+
+    @property
+    def length(self) -> int:
+        return sum(z - a for a, z in self.runs)
+
+
+def rows_of(layout: BlockLayout) -> list[Row]:
+    """The query blocks of a shared layout, made once and kept with it."""
+    if "rows" in layout.memo:
+        kept: list[Row] = layout.memo["rows"]
+        return kept
+    rows = []
+    index, partial = layout.index[0, 0].tolist(), layout.partial[0, 0].tolist()
+    for r, (blocks, flags) in enumerate(zip(index, partial, strict=True)):
+        runs: list[list[int]] = []
+        masked: list[tuple[int, int, list[list[int]]]] = []
+        column, whole = 0, False
+        for block, flag in zip(blocks, flags, strict=True):
+            if block < 0:
+                break
+            a, z = block * layout.block_k, min((block + 1) * layout.block_k, layout.m)
+            _extend(runs, a, z)
+            if flag:
+                if masked and masked[-1][1] == column:
+                    _extend(masked[-1][2], a, z)
+                    masked[-1] = (masked[-1][0], column + z - a, masked[-1][2])
+                else:
+                    masked.append((column, column + z - a, [[a, z]]))
+            whole = whole or not flag
+            column += z - a
+        rows.append(
+            Row(
+                r * layout.block_q,
+                min((r + 1) * layout.block_q, layout.n),
+                _pairs(runs),
+                tuple((a, z, _pairs(keys)) for a, z, keys in masked),
+                layout.mask is not None and not whole,
+            )
+        )
+    layout.memo["rows"] = rows
+    return rows
+
+
+def _extend(runs: list[list[int]], a: int, z: int) -> None:
+    if runs and runs[-1][1] == a:
+        runs[-1][1] = z
+    else:
+        runs.append([a, z])
+
+
+def _pairs(runs: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((a, z) for a, z in runs)
+
+
+class SliceTiles:
+    """Iterates over (query block, group of key heads); grouped queries become more rows."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
+        b, h, n, d = q.shape
+        hkv, m = k.shape[1], k.shape[2]
+        self.shape, self.group, self.lines = (b, h, n), h // hkv, b * hkv
+        self.layout, self.hkv = layout, hkv
+        self.q = q.reshape(self.lines, self.group, n, d)
+        self.k = k.reshape(self.lines, m, d)
+        self.v = v.reshape(self.lines, m, v.shape[3])
+        self.out = v.new_zeros(self.lines, self.group, n, v.shape[3])
+        self.lse = q.new_full((self.lines, self.group, n), float("-inf"))
+
+    def __iter__(self) -> Iterator[SliceTile]:
+        for row in rows_of(self.layout):
+            if not row.runs:
+                continue
+            pairs = self.group * (row.stop - row.start) * row.length
+            step = max(1, TILE_PAIRS // pairs)
+            for line in range(0, self.lines, step):
+                yield SliceTile(self, row, slice(line, min(line + step, self.lines)))
+
+    def blocked(self, row: Row, at: int) -> Tensor:
+        """Pairs that the mask forbids in the ``at``-th masked stretch of a row, bool (R, L)."""
+        layout = self.layout
+        assert layout.mask is not None
+        store: dict[object, Tensor] = layout.memo.setdefault("blocked", {})
+        a, z, keys = row.masked[at]
+        key: object = (row.start, at)
+        if layout.mask.relative and len(keys) == 1:
+            key = (row.start - keys[0][0], row.stop - row.start, z - a, "relative")
+        if key in store:
+            return store[key]
+        device = self.q.device
+        i = torch.arange(row.start, row.stop, device=device)[:, None] + layout.m - layout.n
+        j = torch.cat([torch.arange(*run, device=device) for run in keys])[None, :]
+        blocked = ~layout.mask.allows(i, j).expand(row.stop - row.start, z - a)
+        held = layout.memo.get("held", 0) + blocked.numel()
+        if held <= _KEEP:
+            store[key], layout.memo["held"] = blocked, held
+        return blocked
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        b, h, n = self.shape
+        return self.out.view(b, h, n, -1), self.lse.view(b, h, n)
+
+    def open_gradients(self, grad_out: Tensor, delta: Tensor, lse: Tensor) -> None:
+        lines, group, n = self.lines, self.group, self.shape[2]
+        self.grad_out = grad_out.reshape(lines, group, n, -1)
+        self.delta = delta.reshape(lines, group, n)
+        self.lse = lse.reshape(lines, group, n)
+        self.dq, self.dk, self.dv = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        b, h, n = self.shape
+        dk, dv = (x.view(b, self.hkv, *x.shape[1:]) for x in (self.dk, self.dv))
+        return self.dq.view(b, h, n, -1), dk, dv
+
+
+class SliceTile:
+    """One query block of some heads against its stretches of keys."""
+
+    def __init__(self, tiles: SliceTiles, row: Row, lines: slice) -> None:
+        self.tiles, self.row, self.lines = tiles, row, lines
+        self.q = self._rows(tiles.q)
+        self.k, self.v = self._keys(tiles.k), self._keys(tiles.v)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x[self.lines, :, self.row.start : self.row.stop].flatten(1, 2)
+
+    def _keys(self, x: Tensor) -> Tensor:
+        parts = [x[self.lines, a:z] for a, z in self.row.runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @property
+    def may_be_empty(self) -> bool:
+        return self.row.may_be_empty
+
+    def block(self, scores: Tensor) -> None:
+        if self.tiles.layout.mask is None:
+            return
+        rows = self.row.stop - self.row.start
+        grouped = scores.view(-1, self.tiles.group, rows, scores.shape[-1])
+        for at, (a, z, _) in enumerate(self.row.masked):
+            grouped[..., a:z].masked_fill_(self.tiles.blocked(self.row, at), float("-inf"))
+
+    def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tiles, row = self.tiles, self.row
+        device, layout = tiles.q.device, tiles.layout
+        i = torch.arange(row.start, row.stop, device=device)[:, None] + layout.m - layout.n
+        j = torch.cat([torch.arange(a, z, device=device) for a, z in row.runs])[None, :]
+        line = torch.arange(self.lines.start, self.lines.stop, device=device)[:, None]
+        head = line % tiles.hkv * tiles.group + torch.arange(tiles.group, device=device)
+        return i, j, head[:, :, None, None], (line // tiles.hkv)[:, :, None, None]
+
+    def by_head(self, scores: Tensor) -> Tensor:
+        return scores.view(scores.shape[0], self.tiles.group, -1, scores.shape[-1])
+
+    def write(self, out: Tensor, lse: Tensor | None) -> None:
+        at = (self.lines, slice(None), slice(self.row.start, self.row.stop))
+        group = self.tiles.group
+        self.tiles.out[at] = out.view(out.shape[0], group, -1, out.shape[-1])
+        if lse is not None:
+            self.tiles.lse[at] = lse.view(lse.shape[0], group, -1)
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        tiles = self.tiles
+        delta, lse = (self._rows(x).unsqueeze(-1) for x in (tiles.delta, tiles.lse))
+        return self._rows(tiles.grad_out), delta, lse
+
+    def add(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        tiles, start, stop = self.tiles, self.row.start, self.row.stop
+        tiles.dq[self.lines, :, start:stop] = dq.view(dq.shape[0], tiles.group, stop - start, -1)
+        column = 0
+        for a, z in self.row.runs:
+            tiles.dk[self.lines, a:z] += dk[:, column : column + z - a]
+            tiles.dv[self.lines, a:z] += dv[:, column : column + z - a]
+            column += z - a

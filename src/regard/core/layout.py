@@ -1,0 +1,384 @@
+"""BlockLayout: which key blocks each query block reads. The common currency of all sparsity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .masks import Mask
+
+# Pairs evaluated at once where a mask has no closed form: 8 MB of int64 positions.
+_STRIP = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """For each (batch, head, query block) the ascending list of key blocks to read.
+
+    A pair is allowed when its key block is listed and ``mask`` (if any) allows it. ``partial`` says
+    which listed blocks need the mask evaluated inside; the others are allowed entirely.
+
+    Attributes:
+        n, m: numbers of queries and keys. Query row ``r`` is position ``r + m - n``.
+        block_q, block_k: block sides; the last block of either axis may be short.
+        index: int64 ``(Bl, Hl, nq, K)``, ids of key blocks, padded at the end with -1.
+            ``Bl`` is 1 or the batch size, ``Hl`` is 1, the number of key heads or of query heads.
+        partial: bool, the shape of ``index``.
+        mask: the mask that the ``partial`` flags belong to, ``None`` where nothing is masked inside.
+        perm_q, perm_k: optional int64 ``(1 or Bl, 1 or Hl, n)`` and ``(1 or Bl, 1 or Hl, m)``: blocks
+            count slots, and slot ``s`` holds row ``perm[s]``. The mask is always judged on original positions.
+    """
+
+    n: int
+    m: int
+    block_q: int
+    block_k: int
+    index: Tensor
+    partial: Tensor
+    mask: Mask | None = None
+    perm_q: Tensor | None = None
+    perm_k: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.block_q < 1 or self.block_k < 1:
+            raise ValueError(f"BlockLayout: block sides must be >= 1, got {self.block}")
+        if self.index.dim() != 4 or self.index.shape[2] != self.query_blocks:
+            raise ValueError(
+                f"BlockLayout: index must be (Bl, Hl, {self.query_blocks}, K) for {self.n} queries in "
+                f"blocks of {self.block_q}, got {tuple(self.index.shape)}"
+            )
+        if self.partial.shape != self.index.shape:
+            raise ValueError(
+                f"BlockLayout: partial has shape {tuple(self.partial.shape)}, "
+                f"index {tuple(self.index.shape)}"
+            )
+        for name, perm, length in (("perm_q", self.perm_q, self.n), ("perm_k", self.perm_k, self.m)):
+            if perm is None:
+                continue
+            fits = perm.dim() == 3 and perm.shape[-1] == length
+            if not fits or any(
+                p not in (1, x) for p, x in zip(perm.shape[:2], self.index.shape[:2], strict=True)
+            ):
+                bl, hl = self.index.shape[:2]
+                raise ValueError(
+                    f"BlockLayout: {name} must be (1 or {bl}, 1 or {hl}, {length}), "
+                    f"got {tuple(perm.shape)}"
+                )
+
+    @property
+    def block(self) -> tuple[int, int]:
+        return self.block_q, self.block_k
+
+    @property
+    def query_blocks(self) -> int:
+        return -(-self.n // self.block_q)
+
+    @property
+    def key_blocks(self) -> int:
+        return -(-self.m // self.block_k)
+
+    @property
+    def permuted(self) -> bool:
+        return self.perm_q is not None or self.perm_k is not None
+
+    @property
+    def counts(self) -> Tensor:
+        """Listed key blocks of each query block, int64 ``(Bl, Hl, nq)``."""
+        return (self.index >= 0).sum(-1)
+
+    @property
+    def density(self) -> float:
+        """Work in the layout over work in the dense call: listed pairs / (n * m)."""
+        pairs = self.n * self.m * self.index.shape[0] * self.index.shape[1]
+        return self.listed_pairs() / pairs if pairs else 0.0
+
+    def listed_pairs(self) -> int:
+        """Pairs inside listed blocks, masked or not, summed over the layout's batch and heads."""
+        rows = self._sizes(self.n, self.block_q).to(self.index.device)
+        cols = self._sizes(self.m, self.block_k).to(self.index.device)
+        wide = torch.where(self.index >= 0, cols[self.index.clamp(min=0)], 0).sum(-1)
+        return int((wide * rows).sum())
+
+    def allowed_pairs(self) -> int:
+        """Pairs that are really allowed, summed over the layout's batch and heads. Exact."""
+        if self.mask is None:
+            return self.listed_pairs()
+        at = self.partial.nonzero()
+        whole = BlockLayout(
+            self.n,
+            self.m,
+            self.block_q,
+            self.block_k,
+            self.index.masked_fill(self.partial, -1),
+            torch.zeros_like(self.partial),
+        )
+        total = whole.listed_pairs()
+        for chunk in at.split(max(1, _STRIP // (self.block_q * self.block_k))):
+            total += int(self.tile_mask(*chunk.unbind(-1)).sum())
+        return total
+
+    @staticmethod
+    def _sizes(length: int, block: int) -> Tensor:
+        starts = torch.arange(0, max(length, 1), block)
+        return (length - starts).clamp(max=block)
+
+    def positions(self, b: Tensor, h: Tensor, block: Tensor, *, keys: bool) -> Tensor:
+        """Absolute positions ``(P, side)`` of query or key blocks; -1 past the end of the axis.
+
+        Args:
+            b, h: batch and head index into the layout, ``(P,)``.
+            block: block ids ``(P,)``.
+            keys: whether ``block`` counts key blocks.
+        """
+        side, length = (self.block_k, self.m) if keys else (self.block_q, self.n)
+        perm = self.perm_k if keys else self.perm_q
+        slot = block[:, None] * side + torch.arange(side, device=block.device)
+        inside = slot < length
+        slot = slot.clamp(max=length - 1)
+        if perm is not None:
+            pb, ph = (x if size > 1 else x * 0 for x, size in zip((b, h), perm.shape, strict=False))
+            slot = perm.to(block.device)[pb[:, None], ph[:, None], slot]
+        if not keys:
+            slot = slot + self.m - self.n
+        return torch.where(inside, slot, -(self.n + self.m) - 1)
+
+    def tile_mask(self, b: Tensor, h: Tensor, row: Tensor, slot: Tensor) -> Tensor:
+        """Allowed pairs inside listed blocks, bool ``(P, block_q, block_k)``.
+
+        Args:
+            b, h, row, slot: indices into ``index``, each ``(P,)``.
+        """
+        block = self.index[b, h, row, slot]
+        i = self.positions(b, h, row, keys=False)[:, :, None]
+        j = self.positions(b, h, block, keys=True)[:, None, :]
+        outside = -(self.n + self.m) - 1
+        real = (i != outside) & (j != outside)
+        if self.mask is None:
+            return real
+        i, j = i.clamp(min=self.m - self.n), j.clamp(min=0)
+        return self.mask.allows(i, j, h[:, None, None], b[:, None, None]) & real
+
+    def under(self, mask: Mask) -> BlockLayout:
+        """The same blocks with ``mask`` applied inside, blocks that it empties dropped."""
+        if self.mask is mask:
+            return self
+        joint = mask if self.mask is None else self.mask & mask
+        index = self.index
+        shape = (joint.batch or index.shape[0], joint.heads or index.shape[1], *index.shape[2:])
+        for what, have, want in zip(("batch", "heads"), index.shape, shape, strict=False):
+            if have not in (1, want):
+                raise ValueError(f"layout: made for {what}={have}, but its mask for {want}")
+        index = index.expand(shape)
+        listed = index >= 0
+        if self.permuted:
+            some, every = listed, torch.zeros_like(listed)
+        else:
+            some, every = self._bounds(joint, index)
+            some = some & listed
+        kept = torch.where(some, index, -1)
+        order = torch.argsort((~some).to(torch.int8), dim=-1, stable=True)
+        kept = kept.gather(-1, order)
+        flags = (some & ~every).gather(-1, order)
+        width = int((kept >= 0).sum(-1).max()) if kept.numel() else 0
+        return BlockLayout(
+            self.n,
+            self.m,
+            self.block_q,
+            self.block_k,
+            kept[..., :width].contiguous(),
+            flags[..., :width].contiguous(),
+            joint,
+            self.perm_q,
+            self.perm_k,
+        )
+
+    def _bounds(self, mask: Mask, index: Tensor) -> tuple[Tensor, Tensor]:
+        device, offset = index.device, self.m - self.n
+        rows = torch.arange(self.query_blocks, device=device)[:, None] * self.block_q
+        i0, i1 = rows + offset, (rows + self.block_q).clamp(max=self.n) - 1 + offset
+        j0 = index.clamp(min=0) * self.block_k
+        j1 = (j0 + self.block_k).clamp(max=self.m) - 1
+        h = torch.arange(index.shape[1], device=device).view(1, -1, 1, 1)
+        b = torch.arange(index.shape[0], device=device).view(-1, 1, 1, 1)
+        some, every = mask.tile(i0, i1, j0, j1, h, b)
+        return some.expand(index.shape), every.expand(index.shape)
+
+    def to_mask(self) -> Mask:
+        """What this layout allows, as a Mask that holds the dense tensor (for tests and pictures)."""
+        from .data_masks import Dense
+
+        dense = self.dense()
+        return Dense(dense if dense.shape[0] > 1 else dense[0])
+
+    def dense(self) -> Tensor:
+        """What this layout allows, as a bool tensor ``(Bl, Hl, n, m)``. Quadratic: for tests."""
+        bl, hl, nq, _ = self.index.shape
+        bq, bk, nk = self.block_q, self.block_k, self.key_blocks
+        out = self.index.new_zeros((bl, hl, nq, nk, bq, bk), dtype=torch.bool)
+        at = (self.index >= 0).nonzero()
+        b, h, row, slot = at.unbind(-1)
+        tiles = self.tile_mask(b, h, row, slot)
+        whole = BlockLayout(self.n, self.m, bq, bk, self.index, self.partial, None, *self._perms())
+        full = ~self.partial[b, h, row, slot]
+        tiles[full] = whole.tile_mask(b[full], h[full], row[full], slot[full])
+        out[b, h, row, self.index[b, h, row, slot]] = tiles
+        out = out.permute(0, 1, 2, 4, 3, 5).reshape(bl, hl, nq * bq, nk * bk)
+        out = out[:, :, : self.n, : self.m]
+        for axis, perm in ((2, self.perm_q), (3, self.perm_k)):
+            if perm is not None:
+                inverse = torch.argsort(perm, dim=-1)
+                inverse = inverse.unsqueeze(5 - axis).expand(
+                    max(bl, perm.shape[0]), max(hl, perm.shape[1]), self.n, self.m
+                )
+                out = out.expand(inverse.shape).gather(axis, inverse)
+        return out.contiguous()
+
+    def _perms(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.perm_q, self.perm_k
+
+    def transpose(self) -> tuple[Tensor, Tensor]:
+        """For each key block the query blocks that read it, and where it stands in their lists.
+
+        Returns:
+            ``(rows, slots)``, int64 ``(Bl, Hl, key_blocks, R)``, padded at the end with -1:
+            ``index[b, h, rows, slots]`` is the key block.
+        """
+        bl, hl, nq, _ = self.index.shape
+        nk = self.key_blocks
+        b, h, row, slot = (self.index >= 0).nonzero().unbind(-1)
+        key = self.index[b, h, row, slot]
+        line = (b * hl + h) * nk + key
+        order = torch.argsort(line * nq + row)
+        rows, width = _pack(line[order], row[order], bl * hl * nk)
+        slots, _ = _pack(line[order], slot[order], bl * hl * nk)
+        return rows.view(bl, hl, nk, width), slots.view(bl, hl, nk, width)
+
+    def to(self, device: Any) -> BlockLayout:
+        """The same layout on another device (itself when it is there already)."""
+        if self.index.device == torch.device(device):
+            return self
+        perm_q, perm_k = (None if p is None else p.to(device) for p in self._perms())
+        return BlockLayout(
+            self.n,
+            self.m,
+            self.block_q,
+            self.block_k,
+            self.index.to(device),
+            self.partial.to(device),
+            self.mask,
+            perm_q,
+            perm_k,
+        )
+
+    @classmethod
+    def from_index(
+        cls,
+        index: Tensor,
+        n: int,
+        m: int,
+        block: int | tuple[int, int],
+        mask: Mask | None = None,
+        *,
+        perm_q: Tensor | None = None,
+        perm_k: Tensor | None = None,
+    ) -> BlockLayout:
+        """A layout from lists of key blocks in any order, padded with -1.
+
+        Args:
+            index: integers ``(Bl, Hl, nq, K)``. Repeated ids are counted once.
+            mask: applied inside the blocks; those that it empties are dropped.
+
+        Raises:
+            ValueError: an id is outside ``[-1, key_blocks)`` or a shape does not fit.
+        """
+        bq, bk = (block, block) if isinstance(block, int) else block
+        nk = -(-m // bk)
+        index = index.to(torch.int64)
+        if index.numel() and (int(index.max()) >= nk or int(index.min()) < -1):
+            raise ValueError(
+                f"BlockLayout: key block ids must lie in [-1, {nk}), got "
+                f"{int(index.min())} to {int(index.max())}"
+            )
+        index = torch.where(index < 0, nk, index).sort(dim=-1).values
+        again = torch.zeros_like(index, dtype=torch.bool)
+        again[..., 1:] = index[..., 1:] == index[..., :-1]
+        index = torch.where(again, nk, index).sort(dim=-1).values
+        width = int((index < nk).sum(-1).max()) if index.numel() else 0
+        index = torch.where(index == nk, -1, index)[..., :width].contiguous()
+        plain = cls(n, m, bq, bk, index, torch.zeros_like(index, dtype=torch.bool), None, perm_q, perm_k)
+        return plain if mask is None else plain.under(mask)
+
+
+def _pack(line: Tensor, value: Tensor, lines: int) -> tuple[Tensor, int]:
+    """Ragged lists, given as (line, value) sorted by line, as a tensor padded with -1."""
+    counts = torch.bincount(line, minlength=lines)
+    width = int(counts.max()) if lines else 0
+    starts = counts.cumsum(0) - counts
+    out = value.new_full((lines, width), -1)
+    out[line, torch.arange(len(line), device=line.device) - starts[line]] = value
+    return out, width
+
+
+def build_layout(
+    mask: Mask, n: int, m: int, block: int | tuple[int, int], device: Any = None
+) -> BlockLayout:
+    """The layout of a mask, made in strips of query blocks: see :meth:`Mask.layout`."""
+    from .masks import head_batch_index
+
+    bq, bk = (block, block) if isinstance(block, int) else block
+    nq, nk = -(-n // bq), -(-m // bk)
+    hl, bl = mask.heads or 1, mask.batch or 1
+    h, b = head_batch_index(mask, device)
+    i0 = torch.arange(nq, device=device)[:, None] * bq
+    i1 = (i0 + bq).clamp(max=n) - 1
+    j0 = torch.arange(nk, device=device)[None, :] * bk
+    j1 = (j0 + bk).clamp(max=m) - 1
+    strip = max(1, 4 * _STRIP // max(1, nk * hl * bl))
+    lines, keys, flags = [], [], []
+    for start in range(0, nq, strip):
+        rows = slice(start, start + strip)
+        shape = (bl, hl, i0[rows].shape[0], nk)
+        some, every = mask.tile(i0[rows] + m - n, i1[rows] + m - n, j0, j1, h, b)
+        some, every = some.expand(shape), every.expand(shape)
+        at = some.nonzero()
+        part = ~every[some]
+        if not mask.closed:
+            at, part = _look_inside(mask, at, part, n, m, bq, bk, start)
+        bb, hh, row, key = at.unbind(-1)
+        lines.append((bb * hl + hh) * nq + row + start)
+        keys.append(key)
+        flags.append(part)
+    empty = torch.zeros(0, dtype=torch.int64, device=device)
+    line = torch.cat([empty, *lines])
+    order = torch.argsort(line, stable=True) if bl * hl > 1 else slice(None)
+    line = line[order]
+    index, width = _pack(line, torch.cat([empty, *keys])[order], bl * hl * nq)
+    partial, _ = _pack(line, torch.cat([empty, *flags])[order].long(), bl * hl * nq)
+    shape = (bl, hl, nq, width)
+    return BlockLayout(n, m, bq, bk, index.view(shape), partial.view(shape) == 1, mask)
+
+
+def _look_inside(
+    mask: Mask, at: Tensor, part: Tensor, n: int, m: int, bq: int, bk: int, start: int
+) -> tuple[Tensor, Tensor]:
+    """Exact states of the candidate blocks ``at`` (batch, head, row in strip, key block)."""
+    any_allowed, all_allowed = torch.ones_like(part), ~part
+    doubtful = part.nonzero()[:, 0]
+    side_q = torch.arange(bq, device=at.device)
+    side_k = torch.arange(bk, device=at.device)
+    for pick in doubtful.split(max(1, _STRIP // (bq * bk))):
+        b, h, row, key = at[pick].unbind(-1)
+        i = (row[:, None] + start) * bq + side_q
+        j = key[:, None] * bk + side_k
+        real = (i < n)[:, :, None] & (j < m)[:, None, :]
+        i = i.clamp(max=n - 1)[:, :, None] + m - n
+        j = j.clamp(max=m - 1)[:, None, :]
+        ok = mask.allows(i, j, h[:, None, None], b[:, None, None]).expand_as(real)
+        any_allowed[pick] = (ok & real).flatten(1).any(1)
+        all_allowed[pick] = (ok | ~real).flatten(1).all(1)
+    return at[any_allowed], ~all_allowed[any_allowed]
