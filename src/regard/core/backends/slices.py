@@ -124,11 +124,11 @@ class SliceTiles:
 
     def result(self) -> tuple[Tensor, Tensor]:
         b, h, n = self.shape
-        return self.out.view(b, h, n, -1), self.lse.view(b, h, n)
+        return self.out.view(b, h, n, self.out.shape[-1]), self.lse.view(b, h, n)
 
     def open_gradients(self, grad_out: Tensor, delta: Tensor, lse: Tensor) -> None:
         lines, group, n = self.lines, self.group, self.shape[2]
-        self.grad_out = grad_out.reshape(lines, group, n, -1)
+        self.grad_out = grad_out.reshape(lines, group, n, grad_out.shape[-1])
         self.delta = delta.reshape(lines, group, n)
         self.lse = lse.reshape(lines, group, n)
         self.dq, self.dk, self.dv = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
@@ -136,7 +136,7 @@ class SliceTiles:
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         b, h, n = self.shape
         dk, dv = (x.view(b, self.hkv, *x.shape[1:]) for x in (self.dk, self.dv))
-        return self.dq.view(b, h, n, -1), dk, dv
+        return self.dq.view(b, h, n, self.dq.shape[-1]), dk, dv
 
 
 class SliceTile:

@@ -1,0 +1,1 @@
+"""Measuring mechanisms against each other: workloads, timing, quality."""

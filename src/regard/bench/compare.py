@@ -1,0 +1,278 @@
+"""``regard compare``: ways of attending, side by side on one language model and one text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.masks import Causal, Mask
+from ..core.stats import MassByDistance, MassOn
+from ..models import AttentionCall, Method, StatsProbe, load, patch, watch
+from ..models.method import Inner
+from .methods import Named, method
+from .quality import Prediction, ask, haystack, needles, predict, prefill
+from .text import read_text, sample_text, tokens
+from .timing import PeakMemory, machine, synchronise
+
+Progress = Callable[[str, int, int], None]
+
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+_DECODED = 16
+_SINKS = 4
+# The extra pass that shows where attention went reads at most this many tokens.
+_LOOK = 2048
+_BLOCK = 64
+
+
+class Clock(Method):
+    """Adds up the seconds spent in attention; the outermost method of a stack."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
+        """Time the rest of the stack."""
+        synchronise(call.q.device)
+        start = time.perf_counter()
+        out = inner(call)
+        synchronise(call.q.device)
+        self.seconds += time.perf_counter() - start
+        return out
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every method is measured on."""
+
+    model: Any
+    tokenizer: Any
+    ids: Tensor
+    hay: Tensor
+    seed: int
+
+
+def run(
+    model: str = "smollm2",
+    text: Path | str | None = None,
+    length: int = 4096,
+    methods: Sequence[str | Mask] = ("full", "window", "streaming"),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure quality, speed and memory of several ways of attending on the same tokens.
+
+    Args:
+        model: a name for :func:`regard.models.load`.
+        text: a UTF-8 file, by default the sample text of the package.
+        length: tokens to read.
+        methods: names (``window``, ``streaming:512``, ...) or masks. ``full`` is always measured.
+        seed: of the needles' numbers and places.
+        progress: called with (words, steps done, steps in all).
+
+    Returns:
+        A dict of plain numbers: ``rows`` (one a method), ``attention`` (where it went), ``machine``
+        and what was read. Perplexity change and agreement are against ``full``; densities and bounds
+        count pairs against dense causal attention; ``unpatched_ppl`` is the model without regard.
+
+    Raises:
+        ValueError: an unknown method, a text too short, or a length beyond the model's positions.
+    """
+    # The cheap mistakes are reported before anything is loaded.
+    chosen = _chosen(methods, length)
+    content = sample_text() if text is None else read_text(text)
+    name = "sample" if text is None else Path(text).name
+    say = _Steps(progress, 3 + 3 * len(chosen))
+    say(f"loading {model}")
+    loaded, tokenizer = load(model)
+    loaded.eval()
+    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"compare: length {length}, but {model} has {limit} positions")
+    hidden = needles(DEPTHS, seed)
+    # Room for the longest question and answer.
+    hay = haystack(tokenizer, content, hidden, length - 48)
+    ids = tokens(tokenizer, content, length, "the sample text" if text is None else str(text))
+    job = _Job(loaded, tokenizer, ids, hay, seed)
+    say("the model as it is")
+    prefill(loaded, ids[:, :256])
+    states, _ = prefill(loaded, ids)
+    plain = predict(loaded, states, ids)
+    del states
+    rows: list[dict[str, Any]] = []
+    attention: dict[str, Any] = {}
+    dense: Prediction | None = None
+    for one in chosen:
+        row, seen = _measure(job, one, say)
+        dense = seen if dense is None else dense
+        row["ppl_change"] = row["ppl"] / dense.perplexity - 1.0
+        row["agreement"] = (seen.best == dense.best).double().mean().item()
+        row["attention_speedup"] = (rows[0] if rows else row)["attention_s"] / row["attention_s"]
+        rows.append(row)
+        say(f"{one.name}: where attention goes")
+        attention[one.name] = _where(job, one)
+    say("done")
+    return {
+        "model": model,
+        "text": {"name": name, "tokens": int(ids.shape[1])},
+        "length": length,
+        "seed": seed,
+        "machine": machine(),
+        "unpatched_ppl": plain.perplexity,
+        "rows": rows,
+        "attention": attention,
+    }
+
+
+def _chosen(methods: Sequence[str | Mask], length: int) -> list[Named]:
+    """The methods without repetition, ``full`` first: all others are measured against it."""
+    named = {one.name: one for one in (method(text, length) for text in ("full", *methods))}
+    return list(named.values())
+
+
+class _Steps:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, words: str) -> None:
+        if self.progress is not None:
+            self.progress(words, min(self.done, self.total), self.total)
+        self.done += 1
+
+
+def _measure(job: _Job, one: Named, say: _Steps) -> tuple[dict[str, Any], Prediction]:
+    model, n = job.model, job.ids.shape[1]
+    say(f"{one.name}: perplexity and speed")
+    clock = Clock()
+    with patch(model, one.mask, clock):
+        with PeakMemory(model.device) as memory:
+            start = time.perf_counter()
+            states, cache = prefill(model, job.ids)
+            synchronise(model.device)
+            taken = time.perf_counter() - start
+            spent = clock.seconds
+            seen = predict(model, states, job.ids)
+        del states
+        decode = _decode_speed(model, cache, job.ids)
+        del cache
+        say(f"{one.name}: needles")
+        _, cache = prefill(model, job.hay)
+        found = {
+            str(needle.depth): ask(model, job.tokenizer, cache, needle)
+            for needle in needles(DEPTHS, job.seed)
+        }
+    pairs = n * (n + 1) / 2
+    # Dense causal attention has no layout to round up to, so its own share is exactly 1.
+    dense = isinstance(one.mask, Causal)
+    listed = pairs if dense else one.mask.layout(n, n, _BLOCK).listed_pairs()
+    row = {
+        "method": one.name,
+        "mask": repr(one.mask),
+        "ppl": seen.perplexity,
+        "needle": found,
+        "density": 1.0 if dense else one.mask.density(n) * n * n / pairs,
+        "bound": pairs / listed,
+        "prefill_s": taken,
+        "prefill_tok_s": n / taken,
+        "attention_s": spent,
+        "decode_tok_s": decode,
+        "peak_mb": None if memory.peak is None else memory.peak / 1e6,
+    }
+    return row, seen
+
+
+def _decode_speed(model: Any, cache: Any, ids: Tensor) -> float:
+    """Tokens a second, one at a time, after the prompt in ``cache``; the first is not counted."""
+    token = ids[:, -1:].to(model.device)
+    start = 0.0
+    with torch.no_grad():
+        for step in range(_DECODED + 1):
+            if step == 1:
+                synchronise(model.device)
+                start = time.perf_counter()
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+    synchronise(model.device)
+    return _DECODED / (time.perf_counter() - start)
+
+
+def _where(job: _Job, one: Named) -> dict[str, Any]:
+    """Mass by distance over all layers and heads, and the mean mass on the first keys by head."""
+    n = min(job.ids.shape[1], _LOOK)
+    edges = [0, *(1 << p for p in range((n - 1).bit_length() + 1))]
+    probe = StatsProbe([MassByDistance(edges), MassOn(range(_SINKS))])
+    with patch(job.model, one.mask), watch(job.model, probe) as seen:
+        prefill(job.model, job.ids[:, :n])
+    layers = [seen.result()[0][layer] for layer in sorted(seen.result()[0])]
+    by_distance = torch.stack([found["mass_by_distance"].mean((0, 1)) for found in layers]).mean(0)
+    return {
+        "tokens": n,
+        "distance_edges": edges,
+        "mass_by_distance": by_distance.tolist(),
+        "sinks": [found["mass_on"].mean((0, 2)).tolist() for found in layers],
+    }
+
+
+def table(result: dict[str, Any]) -> Any:
+    """The rows as a rich table."""
+    from rich.table import Table
+
+    words = (
+        f"{result['model']}, {result['length']} tokens of {result['text']['name']}; unpatched "
+        f"perplexity {result['unpatched_ppl']:.4f}"
+    )
+    out = Table(title=words, caption=_caption(result), title_justify="left")
+    for heading in _HEADINGS:
+        out.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in result["rows"]:
+        out.add_row(*_cells(row))
+    return out
+
+
+_HEADINGS = (
+    "method",
+    "perplexity",
+    "change",
+    "agreement",
+    "needles",
+    "density",
+    "prefill",
+    "tokens/s",
+    "attention",
+    "speed-up",
+    "bound",
+    "decode/s",
+    "memory",
+)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    memory = row["peak_mb"]
+    return [
+        row["method"],
+        f"{row['ppl']:.3f}",
+        f"{row['ppl_change']:+.1%}",
+        f"{row['agreement']:.1%}",
+        "".join("●" if hit else "○" for hit in row["needle"].values()),
+        f"{row['density']:.1%}",
+        f"{row['prefill_s']:.1f} s",
+        f"{row['prefill_tok_s']:.0f}",
+        f"{row['attention_s']:.2f} s",
+        f"{row['attention_speedup']:.2f}x",
+        f"{row['bound']:.2f}x",
+        f"{row['decode_tok_s']:.1f}",
+        "" if memory is None else f"{memory:.0f} MB",
+    ]
+
+
+def _caption(result: dict[str, Any]) -> str:
+    depths = ", ".join(f"{float(depth):.0%}" for depth in result["rows"][0]["needle"])
+    return (
+        f"needles at {depths} of the text (● found); density: pairs against dense causal; "
+        f"speed-up of attention, and the bound that its density sets; on "
+        f"{result['machine']['processor']}, {result['machine']['threads']} threads"
+    )
