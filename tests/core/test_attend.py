@@ -57,7 +57,9 @@ def _masks(b, h, m):
     group=st.sampled_from([1, 3]),
     m=st.sampled_from([1, 5, 64, 65, 150]),
     part=st.sampled_from([1.0, 0.5, 0.0]),
-    kind=st.sampled_from(["none", "full", "causal", "streaming", "per head", "padding", "documents", "nothing"]),
+    kind=st.sampled_from(
+        ["none", "full", "causal", "streaming", "per head", "padding", "documents", "nothing"]
+    ),
     seed=st.integers(0, 99),
 )
 def test_outputs_lse_and_gradients(backend, b, hkv, group, m, part, kind, seed):
@@ -70,7 +72,10 @@ def test_outputs_lse_and_gradients(backend, b, hkv, group, m, part, kind, seed):
     torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(lse, want_lse, rtol=1e-9, atol=1e-10)
     g = torch.Generator().manual_seed(seed + 1)
-    pull, pull_lse = torch.randn(out.shape, generator=g).double(), torch.randn(lse.shape, generator=g).double()
+    pull, pull_lse = (
+        torch.randn(out.shape, generator=g).double(),
+        torch.randn(lse.shape, generator=g).double(),
+    )
     seen = torch.isfinite(want_lse)
     grads = torch.autograd.grad((out * pull).sum() + (lse * pull_lse)[seen].sum(), (q, k, v))
     wants = torch.autograd.grad((want * pull).sum() + (want_lse * pull_lse)[seen].sum(), (q, k, v))
@@ -116,7 +121,9 @@ def test_layouts_on_both_backends(bl, heads, block, permuted, masked, seed):
         out, lse = attend(q, k, v, mask=mask, layout=layout, backend=backend, return_lse=True)
         torch.testing.assert_close(out, want, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(lse, want_lse, rtol=1e-9, atol=1e-10)
-        for got, expected in zip(torch.autograd.grad((out * pull).sum(), (q, k, v)), wants, strict=True):
+        for got, expected in zip(
+            torch.autograd.grad((out * pull).sum(), (q, k, v)), wants, strict=True
+        ):
             torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
 
 
@@ -133,7 +140,9 @@ def test_lower_precision(backend, dtype, tolerance, mask):
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance)
     if backend in ("reference", "blocks"):
-        assert attend(q, k, v, mask=mask, backend=backend, return_lse=True)[1].dtype == torch.float32
+        assert (
+            attend(q, k, v, mask=mask, backend=backend, return_lse=True)[1].dtype == torch.float32
+        )
 
 
 @pytest.mark.parametrize("kind", ["none", "causal", "streaming", "padding", "nothing"])
@@ -185,7 +194,9 @@ def test_nothing_to_compute(backend, shape):
 
 BIASES = {
     "dense": lambda: DenseBias(torch.randn(4, 37, 37, dtype=torch.float64, requires_grad=True)),
-    "batched": lambda: DenseBias(torch.randn(2, 1, 37, 37, dtype=torch.float64, requires_grad=True)),
+    "batched": lambda: DenseBias(
+        torch.randn(2, 1, 37, 37, dtype=torch.float64, requires_grad=True)
+    ),
     "table": lambda: RelativeBias1D(torch.randn(4, 73, dtype=torch.float64, requires_grad=True)),
     "alibi": lambda: ALiBi.for_heads(4),
 }
@@ -201,9 +212,7 @@ def test_biases_and_their_gradients(backend, kind, mask):
     i, j = torch.arange(16, 37)[:, None], torch.arange(37)[None]
     h, b = torch.arange(4).view(1, -1, 1, 1), torch.arange(2).view(-1, 1, 1, 1)
     added = bias.scores(i, j, h, b).double()
-    want, want_lse = dense_attention(
-        q, k, v, None if where is None else where.dense(21, 37), added
-    )
+    want, want_lse = dense_attention(q, k, v, None if where is None else where.dense(21, 37), added)
     out, lse = attend(q, k, v, mask=where, bias=bias, backend=backend, return_lse=True)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if kind == "alibi" else {"rtol": 1e-9, "atol": 1e-10}
     torch.testing.assert_close(out, want, **tolerance)

@@ -20,7 +20,9 @@ def _random(n, m, bq, bk, bl=1, hl=1, seed=0):
 def test_from_index_lists_what_was_given(n, m, block):
     bq, bk = (block, block) if isinstance(block, int) else block
     index, dense = _random(n, m, bq, bk, 2, 3)
-    shuffled = index[..., torch.randperm(index.shape[-1], generator=torch.Generator().manual_seed(1))]
+    shuffled = index[
+        ..., torch.randperm(index.shape[-1], generator=torch.Generator().manual_seed(1))
+    ]
     layout = BlockLayout.from_index(torch.cat([shuffled, shuffled], -1), n, m, block)
     assert torch.equal(layout.dense(), dense)
     assert layout.density == pytest.approx(dense.float().mean().item())

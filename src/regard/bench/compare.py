@@ -28,6 +28,7 @@ _SINKS = 4
 # The extra pass that shows where attention went reads at most this many tokens.
 _LOOK = 2048
 _BLOCK = 64
+_LEAST = 192
 
 
 class Clock(Method):
@@ -84,6 +85,10 @@ def run(
         ValueError: an unknown method, a text too short, or a length beyond the model's positions.
     """
     # The cheap mistakes are reported before anything is loaded.
+    if length < _LEAST:
+        raise ValueError(
+            f"compare: length must be {_LEAST} at least (the needles need room), got {length}"
+        )
     chosen = _chosen(methods, length)
     content = sample_text() if text is None else read_text(text)
     name = "sample" if text is None else Path(text).name

@@ -43,7 +43,11 @@ KNOWN: dict[str, tuple[str, Callable[[int], int], Callable[[int], Mask]]] = {
     "full": ("nothing", lambda n: 0, lambda _: Causal()),
     "window": ("keys in the window", lambda n: max(4, n // 4), _window),
     "streaming": ("keys in the window, besides 4 sinks", lambda n: max(4, n // 4), _streaming),
-    "dilated": ("keys' reach, every second one, besides 4 sinks", lambda n: max(4, n // 2), _dilated),
+    "dilated": (
+        "keys' reach, every second one, besides 4 sinks",
+        lambda n: max(4, n // 2),
+        _dilated,
+    ),
     "strided": ("stride and local window, besides 4 sinks", lambda n: max(2, n // 32), _strided),
 }
 

@@ -61,7 +61,14 @@ def row(
 ) -> dict[str, Any]:
     """A benchmark's row: seconds, ``ratio`` = theirs over ours, and the ratio that ``bound``s it."""
     ratio = None if theirs is None else theirs / ours
-    return {"name": name, "ours": ours, "theirs": theirs, "ratio": ratio, "bound": bound, "note": note}
+    return {
+        "name": name,
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": ratio,
+        "bound": bound,
+        "note": note,
+    }
 
 
 class PeakMemory:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import NAMES
 from .backends import backend as get_backend
 from .backends.sdpa import plain
 from .bias import Bias, as_bias

@@ -29,8 +29,9 @@ class BlockLayout:
             ``Bl`` is 1 or the batch size, ``Hl`` is 1, the number of key heads or of query heads.
         partial: bool, the shape of ``index``.
         mask: the mask that the ``partial`` flags belong to, ``None`` where nothing is masked inside.
-        perm_q, perm_k: optional int64 ``(1 or Bl, 1 or Hl, n)`` and ``(1 or Bl, 1 or Hl, m)``: blocks
-            count slots, and slot ``s`` holds row ``perm[s]``. The mask is always judged on original positions.
+        perm_q, perm_k: optional int64 ``(1 or Bl, 1 or Hl, n)`` and ``(1 or Bl, 1 or Hl, m)``:
+            blocks count slots, and slot ``s`` holds row ``perm[s]``. The mask is always judged on
+            original positions.
     """
 
     n: int
@@ -57,7 +58,10 @@ class BlockLayout:
                 f"BlockLayout: partial has shape {tuple(self.partial.shape)}, "
                 f"index {tuple(self.index.shape)}"
             )
-        for name, perm, length in (("perm_q", self.perm_q, self.n), ("perm_k", self.perm_k, self.m)):
+        for name, perm, length in (
+            ("perm_q", self.perm_q, self.n),
+            ("perm_k", self.perm_k, self.m),
+        ):
             if perm is None:
                 continue
             fits = perm.dim() == 3 and perm.shape[-1] == length
@@ -85,6 +89,10 @@ class BlockLayout:
     @property
     def permuted(self) -> bool:
         return self.perm_q is not None or self.perm_k is not None
+
+    @property
+    def perms(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.perm_q, self.perm_k
 
     @property
     def counts(self) -> Tensor:
@@ -223,7 +231,7 @@ class BlockLayout:
         at = (self.index >= 0).nonzero()
         b, h, row, slot = at.unbind(-1)
         tiles = self.tile_mask(b, h, row, slot)
-        whole = BlockLayout(self.n, self.m, bq, bk, self.index, self.partial, None, *self._perms())
+        whole = BlockLayout(self.n, self.m, bq, bk, self.index, self.partial, None, *self.perms)
         full = ~self.partial[b, h, row, slot]
         tiles[full] = whole.tile_mask(b[full], h[full], row[full], slot[full])
         out[b, h, row, self.index[b, h, row, slot]] = tiles
@@ -237,9 +245,6 @@ class BlockLayout:
                 )
                 out = out.expand(inverse.shape).gather(axis, inverse)
         return out.contiguous()
-
-    def _perms(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.perm_q, self.perm_k
 
     def transpose(self) -> tuple[Tensor, Tensor]:
         """For each key block the query blocks that read it, and where it stands in their lists.
@@ -262,7 +267,7 @@ class BlockLayout:
         """The same layout on another device (itself when it is there already)."""
         if self.index.device == torch.device(device):
             return self
-        perm_q, perm_k = (None if p is None else p.to(device) for p in self._perms())
+        perm_q, perm_k = (None if p is None else p.to(device) for p in self.perms)
         return BlockLayout(
             self.n,
             self.m,
@@ -310,7 +315,9 @@ class BlockLayout:
         index = torch.where(again, nk, index).sort(dim=-1).values
         width = int((index < nk).sum(-1).max()) if index.numel() else 0
         index = torch.where(index == nk, -1, index)[..., :width].contiguous()
-        plain = cls(n, m, bq, bk, index, torch.zeros_like(index, dtype=torch.bool), None, perm_q, perm_k)
+        plain = cls(
+            n, m, bq, bk, index, torch.zeros_like(index, dtype=torch.bool), None, perm_q, perm_k
+        )
         return plain if mask is None else plain.under(mask)
 
 

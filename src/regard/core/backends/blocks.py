@@ -41,7 +41,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
 def _tiles(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tiles:
     layout = call.layout
     assert layout is not None
-    if layout.permuted or layout.index.shape[:2] != (1, 1):
+    if layout.index.shape[:2] != (1, 1):
         return GatheredTiles(q, k, v, layout)
     return SliceTiles(q, k, v, layout)
 
@@ -62,14 +62,16 @@ class _Blocks(torch.autograd.Function):
         keep_lse = call.need_lse or any(x.requires_grad for x in (q, k, v, *learned))
         for number, tile in enumerate(tiles):
             drop = (call.dropout, seed + number)
-            tile.write(*forward_tile(tile, call.scale, _bias_scores(call.bias, tile), drop, keep_lse))
+            tile.write(
+                *forward_tile(tile, call.scale, _bias_scores(call.bias, tile), drop, keep_lse)
+            )
         out, lse = tiles.result()
         ctx.call, ctx.seed = call, seed
         ctx.save_for_backward(q, k, v, out, lse, *learned)
         return out.to(q.dtype), lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *learned = ctx.saved_tensors
         call: Call = ctx.call

@@ -60,7 +60,10 @@ def block_mask(layout: BlockLayout) -> Any:
             ids = torch.nn.functional.pad(ids, (0, layout.key_blocks - ids.shape[-1]))
             tables += [wanted.sum(-1).to(torch.int32), ids.contiguous()]
         layout.memo["flex"] = BlockMask.from_kv_blocks(
-            *tables,
+            tables[0],
+            tables[1],
+            tables[2],
+            tables[3],
             BLOCK_SIZE=layout.block,
             mask_mod=mod,
             seq_lengths=(layout.n, layout.m),

@@ -181,9 +181,7 @@ class GatheredTile:
         b, h = self.lb[at], self.lh[at]
         i = layout.positions(b, h, self.row[at], keys=False).clamp(min=layout.m - layout.n)
         j = layout.positions(b, h, self.blocks[at, slot], keys=True).clamp(min=0)
-        ok = layout.mask.allows(
-            i[:, :, None], j[:, None, :], h[:, None, None], b[:, None, None]
-        )
+        ok = layout.mask.allows(i[:, :, None], j[:, None, :], h[:, None, None], b[:, None, None])
         return ok.expand(-1, layout.block_q, layout.block_k)
 
     def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

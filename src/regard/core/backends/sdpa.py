@@ -14,7 +14,7 @@ _DENSE_LIMIT = 1 << 26
 
 
 def plain(mask: Mask | None, n: int, m: int) -> str | None:
-    """"full" or "causal" when the mask is one that SDPA knows without a tensor, else None."""
+    """ "full" or "causal" when the mask is one that SDPA knows without a tensor, else None."""
     if mask is None or isinstance(mask, Full):
         return "full"
     if isinstance(mask, Causal):
@@ -45,28 +45,32 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, None]:
     """Attention through ``scaled_dot_product_attention``, groups of queries without copies of keys."""
-    b, h, n, d = q.shape
+    b, h, n, _ = q.shape
     hkv, m, dv = k.shape[1], k.shape[2], v.shape[3]
     group = h // hkv
     q, k, v = _even_width(q, k, v)
     kind = plain(call.mask, n, m)
-    options = {"dropout_p": call.dropout, "scale": call.scale}
+    p, scale = call.dropout, call.scale
     if kind == "causal":
         grouped = q.reshape(b, hkv, group, n, q.shape[-1])
         parts = [
-            F.scaled_dot_product_attention(grouped[:, :, g], k, v, is_causal=True, **options)
+            F.scaled_dot_product_attention(
+                grouped[:, :, g], k, v, is_causal=True, dropout_p=p, scale=scale
+            )
             for g in range(group)
         ]
         out = parts[0] if group == 1 else torch.stack(parts, dim=2).flatten(1, 2)
     elif kind == "full":
         folded = q.reshape(b, hkv, group * n, q.shape[-1])
-        out = F.scaled_dot_product_attention(folded, k, v, **options).reshape(b, h, n, -1)
+        out = F.scaled_dot_product_attention(folded, k, v, dropout_p=p, scale=scale).reshape(
+            b, h, n, -1
+        )
     else:
         assert call.mask is not None
         allowed = call.mask.dense(n, m, device=q.device)
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, **options)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=p, scale=scale)
         out = out.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
     return out[..., :dv], None
 

@@ -87,6 +87,12 @@ class SliceTiles:
         hkv, m = k.shape[1], k.shape[2]
         self.shape, self.group, self.lines = (b, h, n), h // hkv, b * hkv
         self.layout, self.hkv = layout, hkv
+        self.perm_q, self.perm_k = (None if p is None else p[0, 0] for p in layout.perms)
+        q, k, v = _take(q, self.perm_q), _take(k, self.perm_k), _take(v, self.perm_k)
+        # Original positions of the rows and columns, in the order in which they stand here.
+        at_q = torch.arange(n, device=q.device) if self.perm_q is None else self.perm_q
+        self.at_q = at_q + m - n
+        self.at_k = torch.arange(m, device=q.device) if self.perm_k is None else self.perm_k
         self.q = q.reshape(self.lines, self.group, n, d)
         self.k = k.reshape(self.lines, m, d)
         self.v = v.reshape(self.lines, m, v.shape[3])
@@ -109,25 +115,31 @@ class SliceTiles:
         store: dict[object, Tensor] = layout.memo.setdefault("blocked", {})
         a, z, keys = row.masked[at]
         key: object = (row.start, at)
-        if layout.mask.relative and len(keys) == 1:
+        if layout.mask.relative and len(keys) == 1 and not layout.permuted:
             key = (row.start - keys[0][0], row.stop - row.start, z - a, "relative")
         if key in store:
             return store[key]
-        device = self.q.device
-        i = torch.arange(row.start, row.stop, device=device)[:, None] + layout.m - layout.n
-        j = torch.cat([torch.arange(*run, device=device) for run in keys])[None, :]
-        blocked = ~layout.mask.allows(i, j).expand(row.stop - row.start, z - a)
+        blocked = ~layout.mask.allows(*self.positions(row, keys)).expand(
+            row.stop - row.start, z - a
+        )
         held = layout.memo.get("held", 0) + blocked.numel()
         if held <= _KEEP:
             store[key], layout.memo["held"] = blocked, held
         return blocked
 
+    def positions(self, row: Row, runs: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
+        """Original positions of a row's queries ``(R, 1)`` and of stretches of keys ``(1, L)``."""
+        j = torch.cat([self.at_k[a:z] for a, z in runs])
+        return self.at_q[row.start : row.stop, None], j[None, :]
+
     def result(self) -> tuple[Tensor, Tensor]:
         b, h, n = self.shape
-        return self.out.view(b, h, n, self.out.shape[-1]), self.lse.view(b, h, n)
+        out, lse = self.out.view(b, h, n, self.out.shape[-1]), self.lse.view(b, h, n)
+        return _put(out, self.perm_q), _put(lse, self.perm_q)
 
     def open_gradients(self, grad_out: Tensor, delta: Tensor, lse: Tensor) -> None:
         lines, group, n = self.lines, self.group, self.shape[2]
+        grad_out, delta, lse = (_take(x, self.perm_q) for x in (grad_out, delta, lse))
         self.grad_out = grad_out.reshape(lines, group, n, grad_out.shape[-1])
         self.delta = delta.reshape(lines, group, n)
         self.lse = lse.reshape(lines, group, n)
@@ -136,7 +148,18 @@ class SliceTiles:
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         b, h, n = self.shape
         dk, dv = (x.view(b, self.hkv, *x.shape[1:]) for x in (self.dk, self.dv))
-        return self.dq.view(b, h, n, self.dq.shape[-1]), dk, dv
+        dq = self.dq.view(b, h, n, self.dq.shape[-1])
+        return _put(dq, self.perm_q), _put(dk, self.perm_k), _put(dv, self.perm_k)
+
+
+def _take(x: Tensor, perm: Tensor | None) -> Tensor:
+    """Rows of ``x`` (B, H, L, ...) in the order of ``perm`` (L,)."""
+    return x if perm is None else x.index_select(2, perm)
+
+
+def _put(x: Tensor, perm: Tensor | None) -> Tensor:
+    """Undo :func:`_take`."""
+    return x if perm is None else torch.empty_like(x).index_copy_(2, perm, x)
 
 
 class SliceTile:
@@ -167,10 +190,8 @@ class SliceTile:
             grouped[..., a:z].masked_fill_(self.tiles.blocked(self.row, at), float("-inf"))
 
     def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tiles, row = self.tiles, self.row
-        device, layout = tiles.q.device, tiles.layout
-        i = torch.arange(row.start, row.stop, device=device)[:, None] + layout.m - layout.n
-        j = torch.cat([torch.arange(a, z, device=device) for a, z in row.runs])[None, :]
+        tiles, device = self.tiles, self.tiles.q.device
+        i, j = tiles.positions(self.row, self.row.runs)
         line = torch.arange(self.lines.start, self.lines.stop, device=device)[:, None]
         head = line % tiles.hkv * tiles.group + torch.arange(tiles.group, device=device)
         return i, j, head[:, :, None, None], (line // tiles.hkv)[:, :, None, None]

@@ -99,9 +99,7 @@ def forward_tile(
     return torch.bmm(p, tile.v), lse
 
 
-def backward_tile(
-    tile: Tile, scale: float, bias: Tensor | None, drop: tuple[float, int]
-) -> Tensor:
+def backward_tile(tile: Tile, scale: float, bias: Tensor | None, drop: tuple[float, int]) -> Tensor:
     """Add a tile's gradients to q, k and v; returns those of its scores ``(T, R, L)``."""
     grad_out, delta, lse = tile.rows()
     p = _scores(tile, scale, bias)

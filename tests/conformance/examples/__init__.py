@@ -1,0 +1,1 @@
+"""One file a system: the examples that the conformance suite runs."""
