@@ -20,7 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from regard.core.attend import attend
 from regard.core.backends import triton as backend
+from regard.core.backends import triton_tables
+from regard.core.bias import ALiBi, DenseBias
 from regard.core.call import Call
 from regard.core.data_masks import Documents, Keys, PerHead
 from regard.core.layout import BlockLayout
@@ -83,13 +86,13 @@ def test_reasons_without_a_device() -> None:
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, bias: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Dense attention in float64; ``seen`` is bool, broadcastable to (B, H, N, M)."""
     group = q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double(), v.double()
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (q @ k.transpose(-1, -2)) * scale
+    scores = (q @ k.transpose(-1, -2)) * scale + bias
     seen = seen.expand(scores.shape)
     empty = ~seen.any(-1, keepdim=True)
     scores = scores.masked_fill(~seen & ~empty, float("-inf")).masked_fill(empty, 0.0)
@@ -148,6 +151,11 @@ def causal(s: Any) -> tuple[BlockLayout, Tensor]:
 def wide_blocks(s: Any) -> tuple[BlockLayout, Tensor]:
     i, j = grid(s.n, s.m)
     return Causal().layout(s.n, s.m, 48), j <= i
+
+
+def one_block(s: Any) -> tuple[BlockLayout, Tensor]:
+    i, j = grid(s.n, s.m)
+    return Causal().layout(s.n, s.m, (s.n, s.m)), j <= i
 
 
 def full(s: Any) -> tuple[BlockLayout, Tensor]:
@@ -214,6 +222,7 @@ CASES = {
     "grouped": Case((1, 4, 2, 33, 33, 16, 16), causal),
     "cache": Case((1, 2, 1, 5, 37, 16, 16), causal),
     "more queries than keys": Case((1, 1, 1, 20, 9, 16, 16), causal),
+    "one block of odd sides": Case((1, 2, 1, 19, 37, 16, 16), one_block),
     "one query": Case((1, 2, 1, 1, 35, 16, 16), causal),
     "one query, one key": Case((1, 1, 1, 1, 1, 16, 16), causal),
     "several tiles in a block": Case((1, 2, 1, 100, 110, 16, 16), wide_blocks),
@@ -359,7 +368,7 @@ def check_tables() -> None:
     assert len(backend.tables(layout).bits) == 2  # the diagonal, and one for "no tile"
     del layout
     gc.collect()
-    assert len(backend._TABLES) == 0
+    assert len(triton_tables._TABLES) == 0
     index = torch.arange(4).expand(2, 3, 4, 4)
     shared = BlockLayout.from_index(index, 64, 64, 16, Causal() & Keys(torch.rand(64) < 0.5))
     assert len(backend.tables(shared).bits) <= 10 + 1
@@ -374,6 +383,10 @@ def check_reasons() -> None:
     assert "float64" in reason(q.double())
     assert "dropout" in reason(q, dropout=0.1)
     assert "multiples of 16" in reason(q, Causal().layout(16, 16, 8))
+    assert "low-rank" in reason(q, bias=DenseBias(torch.ones(16, 16)))
+    wide = torch.zeros(1, 1, 16, 336, device=DEVICE)
+    with pytest.raises(ValueError, match="336 channels"):
+        backend.run(wide, wide, wide, call(None))
     assert "channels" in reason(torch.zeros(1, 1, 16, 400, device=DEVICE))
     perm = torch.arange(16).expand(1, 2, 16)
     layout = BlockLayout.from_index(torch.zeros(1, 2, 1, 1), 16, 16, 16, perm_k=perm)
@@ -420,3 +433,20 @@ def build_kernels(dtype: str, d: int, dv: int, capability: int) -> None:
         made = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert made.asm["cubin"], name
         assert made.metadata.shared <= 99 * 1024, (name, made.metadata.shared)
+
+
+def check_attend() -> None:
+    """The whole call, with layouts made by it and a low-rank bias as extra channels."""
+    torch.manual_seed(7)
+    sizes = Sizes(1, 4, 2, 40, 50, 16, 16)
+    q, k, v = tensors(sizes)
+    i, j = grid(40, 50)
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.0])
+    moved = [x.detach().to(DEVICE) for x in (q, k, v)]
+    for mask, seen in ((None, i == i), (Causal(), j <= i)):
+        out = attend(*moved, mask=mask, backend="triton")
+        want, _ = softmax_attention(q, k, v, seen, 0.25)
+        torch.testing.assert_close(out.cpu().double(), want, atol=2e-5, rtol=2e-5)
+    out = attend(*moved, mask=Causal(), bias=ALiBi(slopes.to(DEVICE)), backend="triton")
+    want, _ = softmax_attention(q, k, v, j <= i, 0.25, slopes.view(-1, 1, 1) * (j - i))
+    torch.testing.assert_close(out.cpu().double(), want, atol=2e-5, rtol=2e-5)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .masks import Index, Mask, _Group
+from .layout import Index
+from .mask import Mask, MaskGroup
 
 
 def _vector(name: str, field: str, x: Tensor) -> None:
@@ -166,7 +167,7 @@ class Dense(Mask):
 
 
 @dataclass(frozen=True, repr=False)
-class PerHead(_Group):
+class PerHead(MaskGroup):
     """One mask a head: head ``h`` looks where ``masks[h]`` allows."""
 
     parts: tuple[Mask, ...]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .masks import Mask
+    from .mask import Mask
+
+# A head or batch index that goes along with positions.
+Index: TypeAlias = Tensor | int
 
 # Pairs evaluated at once where a mask has no closed form: 8 MB of int64 positions.
 _STRIP = 1 << 20
@@ -216,13 +219,6 @@ class BlockLayout:
         some, every = mask.tile(i0, i1, j0, j1, h, b)
         return some.expand(index.shape), every.expand(index.shape)
 
-    def to_mask(self) -> Mask:
-        """What this layout allows, as a Mask that holds the dense tensor (for tests and pictures)."""
-        from .data_masks import Dense
-
-        dense = self.dense()
-        return Dense(dense if dense.shape[0] > 1 else dense[0])
-
     def dense(self) -> Tensor:
         """What this layout allows, as a bool tensor ``(Bl, Hl, n, m)``. Quadratic: for tests."""
         bl, hl, nq, _ = self.index.shape
@@ -331,12 +327,21 @@ def _pack(line: Tensor, value: Tensor, lines: int) -> tuple[Tensor, int]:
     return out, width
 
 
+def head_batch_index(mask: Mask, device: Any = None) -> tuple[Index, Index]:
+    """Head index ``(1, H, 1, 1)`` and batch index ``(B, 1, 1, 1)`` of a mask; 0 where it has none."""
+    h: Index = 0
+    b: Index = 0
+    if mask.heads is not None:
+        h = torch.arange(mask.heads, device=device).view(1, -1, 1, 1)
+    if mask.batch is not None:
+        b = torch.arange(mask.batch, device=device).view(-1, 1, 1, 1)
+    return h, b
+
+
 def build_layout(
     mask: Mask, n: int, m: int, block: int | tuple[int, int], device: Any = None
 ) -> BlockLayout:
     """The layout of a mask, made in strips of query blocks: see :meth:`Mask.layout`."""
-    from .masks import head_batch_index
-
     bq, bk = (block, block) if isinstance(block, int) else block
     nq, nk = -(-n // bq), -(-m // bk)
     hl, bl = mask.heads or 1, mask.batch or 1
