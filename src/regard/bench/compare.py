@@ -92,7 +92,7 @@ def run(
     chosen = _chosen(methods, length)
     content = sample_text() if text is None else read_text(text)
     name = "sample" if text is None else Path(text).name
-    say = _Steps(progress, 3 + 3 * len(chosen))
+    say = _Steps(progress, 2 + 3 * len(chosen))
     say(f"loading {model}")
     loaded, tokenizer = load(model)
     loaded.eval()

@@ -1,0 +1,200 @@
+"""Timing, text, methods and quality, each against something written out here."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from regard import Causal, SlidingWindow
+from regard.bench import timing
+from regard.bench.methods import KNOWN, method
+from regard.bench.quality import haystack, needles
+from regard.bench.text import read_text, sample_text, tokens
+from regard.catalog import catalog
+
+
+class Words:
+    """A tokenizer of one token a character."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def test_seconds_and_rows():
+    taken = timing.seconds(lambda: time.sleep(0.02), repeats=3)
+    assert 0.02 <= taken < 0.2
+    ours, theirs = timing.paired(lambda: time.sleep(0.01), lambda: time.sleep(0.03), repeats=3)
+    assert ours < theirs
+    row = timing.row("x", 1.0, 3.0, 4.0, "y")
+    assert row == {"name": "x", "ours": 1.0, "theirs": 3.0, "ratio": 3.0, "bound": 4.0, "note": "y"}
+    assert timing.row("x", 1.0)["ratio"] is None
+    assert timing.machine()["torch"] == torch.__version__
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    with timing.PeakMemory(interval=0.001) as memory:
+        big = torch.ones(40_000_000)
+        time.sleep(0.05)
+        del big
+    if timing.resident() is None:
+        assert memory.peak is None
+    else:
+        assert 140e6 < memory.above < 400e6
+
+
+def test_the_sample_is_long_enough():
+    text = sample_text()
+    # A token of English is four characters or so: 60,000 tokens are asked for.
+    assert len(text) > 300_000
+    assert "Project Gutenberg" not in text
+
+
+def test_text_of_a_user(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_text(path)
+    path.write_text("  \n")
+    with pytest.raises(ValueError, match="is empty"):
+        read_text(path)
+    path.write_text("abc")
+    assert tokens(Words(), read_text(path), 2).tolist() == [[97, 98]]
+    with pytest.raises(ValueError, match="has 3 tokens, 4 were asked for"):
+        tokens(Words(), read_text(path), 4)
+
+
+@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"full"}))
+def test_methods_are_causal_and_sparse(name):
+    found = method(name, 256)
+    dense = found.mask.dense(256)
+    dense = dense.view(-1, 256, 256)
+    assert not dense.triu(1).any() and dense.diagonal(dim1=1, dim2=2).all()
+    assert dense.sum() < Causal().dense(256).sum() * len(dense)
+
+
+def test_methods_by_name():
+    assert method("full", 64).mask == Causal()
+    assert method("window:16", 64).mask == Causal() & SlidingWindow(15)
+    assert method("window", 64).name == "window:16"
+    assert method(Causal() & SlidingWindow(3), 64).name == repr(Causal() & SlidingWindow(3))
+    for text, words in (
+        ("widow", "did you mean 'window'"),
+        ("zzz", "known are full, window"),
+        ("window:x", "positive whole number"),
+        ("window:0", "positive whole number"),
+        ("full:3", "positive whole number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            method(text, 64)
+
+
+def test_needles_stand_at_their_depths():
+    facts = needles((0.1, 0.5, 0.9), seed=4)
+    assert facts == needles((0.1, 0.5, 0.9), seed=4) != needles((0.1, 0.5, 0.9), seed=5)
+    text = "".join(f"This is sentence {i}. " for i in range(500))
+    ids = haystack(Words(), text, facts, 2000)
+    hay = "".join(map(chr, ids[0].tolist()))
+    assert 1900 < len(hay) <= 2000
+    for needle in facts:
+        at = hay.index(needle.fact)
+        assert abs(at / 2000 - needle.depth) < 0.03
+        assert needle.fact.strip() == f"{needle.question.strip()}{needle.answer}."
+        assert hay[at - 1] == "."
+    with pytest.raises(ValueError, match="too few"):
+        haystack(Words(), text, facts, 100)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny random Llama with a byte tokenizer, saved like any model of a hub."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(letters),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_compare_on_a_tiny_model(tiny):
+    from rich.console import Console
+
+    from regard.bench import compare
+
+    said = []
+    result = compare.run(
+        model=str(tiny),
+        length=320,
+        methods=("window:32", Causal() & SlidingWindow(40)),
+        progress=lambda *step: said.append(step),
+    )
+    assert [row["method"] for row in result["rows"]] == [
+        "full",
+        "window:32",
+        "Causal() & SlidingWindow(left=40, right=0)",
+    ]
+    full, window, _ = result["rows"]
+    assert full["ppl"] == pytest.approx(result["unpatched_ppl"], rel=1e-5)
+    assert (full["ppl_change"], full["agreement"], full["density"], full["bound"]) == (0, 1, 1, 1)
+    assert 0 < window["density"] < 0.3 and window["bound"] > 1 and 0 < window["agreement"] <= 1
+    assert window["ppl"] != full["ppl"]
+    assert set(window["needle"]) == {"0.1", "0.3", "0.5", "0.7", "0.9"}
+    seen = result["attention"]["window:32"]
+    assert sum(seen["mass_by_distance"]) == pytest.approx(1.0, abs=1e-4)
+    # Nothing lies further back than the window reaches.
+    far = [e >= 32 for e in seen["distance_edges"][:-1]]
+    assert sum(m for m, f in zip(seen["mass_by_distance"], far, strict=True) if f) < 1e-6
+    assert len(seen["sinks"]) == 2 and len(seen["sinks"][0]) == 4
+    json.dumps(result)
+    assert said[-1][1] == said[-1][2] and [step[1] for step in said] == list(range(len(said)))
+    console = Console(width=200, record=True)
+    console.print(compare.table(result))
+    assert "window:32" in console.export_text()
+
+
+def test_compare_names_mistakes_before_it_loads(tiny, tmp_path):
+    from regard.bench import compare
+
+    with pytest.raises(ValueError, match="unknown method"):
+        compare.run(model="/nowhere", methods=("magic",))
+    with pytest.raises(ValueError, match="192 at least"):
+        compare.run(model="/nowhere", length=20)
+    with pytest.raises(ValueError, match="has 512 positions"):
+        compare.run(model=str(tiny), length=600)
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    with pytest.raises(ValueError, match=r"short\.txt|tokens"):
+        compare.run(model=str(tiny), text=short, length=300)
+
+
+@pytest.mark.slow
+def test_streaming_keeps_what_a_window_loses_on_the_real_model():
+    from regard.bench import compare
+
+    result = compare.run(length=4096, methods=("window:1024", "streaming:1024"))
+    full, window, streaming = result["rows"]
+    assert full["ppl"] == pytest.approx(result["unpatched_ppl"], rel=1e-4)
+    assert streaming["ppl_change"] < 0.10
+    assert window["ppl_change"] > 5 * streaming["ppl_change"]
+    assert full["needle"]["0.5"] and full["needle"]["0.9"]
+
+
+def test_every_system_of_the_project_is_listed():
+    rows = catalog()
+    assert len(rows) == 178 and len({row.key for row in rows}) == 178
