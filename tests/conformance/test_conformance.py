@@ -12,7 +12,7 @@ from regard.catalog import cards
 
 from . import AttentionExample, MaskExample, ModuleExample
 
-CARDS = {card.key: card for card in cards()}
+CARDS = cards()
 
 
 def _examples(kind=None):

@@ -87,6 +87,9 @@ def test_scores_equal_the_definition(name):
     torch.testing.assert_close(bias.scores(i, j[:, 3:7], 2, 1), want[1, 2, :, 3:7])
     jj = torch.tensor([[7, 0, 3]])
     torch.testing.assert_close(bias.scores(i, jj, 2, 1), want[1, 2][:, [7, 0, 3]])
+    # Pairs one by one.
+    at, keys = torch.tensor([M - 1, M - N, M - 2]), torch.tensor([0, 5, 4])
+    torch.testing.assert_close(bias.scores(at, keys, 3, 1), want[1, 3, at - (M - N), keys])
     # A list of gathered blocks, each with its own head.
     rows = torch.tensor([[0, 4], [2, 3], [1, 1]]) + M - N
     cols = torch.tensor([[5, 6, 7], [0, 1, 2], [9, 3, 4]])

@@ -18,6 +18,7 @@ from regard.core.stats import (
     MassByDistance,
     MassOn,
     MaxWeight,
+    Output,
     Received,
     SpanMass,
     Statistic,
@@ -381,3 +382,23 @@ def test_bad_input_names_itself(change, message):
 def test_bad_window():
     with pytest.raises(ValueError, match="window must be >= 1"):
         WindowedDistance(0)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("perm", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_output_of_the_same_pass(heads, perm, kv_heads):
+    if heads not in (1, kv_heads):
+        heads = 4
+    layout = random_layout(heads, perm)
+    q, k, v = rand(2, 4, 37, 5), rand(2, kv_heads, 37, 5, seed=1), rand(2, kv_heads, 37, 3, seed=2)
+    # What a layout allows is tested on its own, in test_layout.py.
+    p, _ = dense_weights(q, k, layout.dense().repeat_interleave(4 // heads, 1))
+    got = attention_stats(q, k, [Output(v), "received"], layout=layout)
+    wide = v.repeat_interleave(4 // kv_heads, 1)
+    agree(got, {"out": p @ wide, "received": p.sum(2)})
+    plain = attention_stats(q, k, [Output(v)], mask=Causal(), tile=7)
+    want, _ = dense_weights(q, k, torch.ones(37, 37, dtype=torch.bool).tril())
+    agree(plain, {"out": want @ wide})
+    with pytest.raises(ValueError, match="a divisor of 4"):
+        attention_stats(q, k, [Output(v[:, :, :5])])

@@ -1,0 +1,54 @@
+"""Models: loading them, and the seam through which methods and probes enter a running one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .load import load as load
+
+if TYPE_CHECKING:
+    from .calls import AttentionCall as AttentionCall
+    from .calls import Pass as Pass
+    from .edit import After as After
+    from .edit import Edit as Edit
+    from .edit import In as In
+    from .edit import Site as Site
+    from .method import Method as Method
+    from .method import Probe as Probe
+    from .patching import patch as patch
+    from .patching import watch as watch
+    from .site_probe import SiteProbe as SiteProbe
+    from .spans import Spans as Spans
+    from .stats_probe import StatsProbe as StatsProbe
+
+_WHERE = {
+    "After": "edit",
+    "AttentionCall": "calls",
+    "Edit": "edit",
+    "In": "edit",
+    "Method": "method",
+    "Pass": "calls",
+    "Probe": "method",
+    "Site": "edit",
+    "SiteProbe": "site_probe",
+    "Spans": "spans",
+    "StatsProbe": "stats_probe",
+    "patch": "patching",
+    "watch": "patching",
+}
+__all__ = sorted([*_WHERE, "load"])
+
+
+def __getattr__(name: str) -> Any:
+    # on first use: transformers takes seconds to import, and is an extra
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "transformers":
+            raise
+        raise ImportError(
+            f"regard.models.{name} needs transformers: pip install 'regard[models]'"
+        ) from error

@@ -1,0 +1,86 @@
+"""What can be patched into a model, and what can watch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
+
+from ..core.masks import And, Full, Mask
+from .calls import AttentionCall
+from .edit import Edit
+
+Inner: TypeAlias = Callable[[AttentionCall], Tensor]
+
+
+class Method:
+    """Base of everything that :func:`regard.patch` accepts; a subclass overrides what it needs.
+
+    Usually a dataclass with the paper's knobs. It must keep no state of its own about a running
+    sequence: that belongs into ``call.store`` (one forward pass) and ``call.cache_store`` (as long
+    as the KV cache). A plain :class:`regard.Mask` is a method too: it narrows the model's mask.
+    """
+
+    def mask(self, pattern: Mask, call: AttentionCall) -> Mask:
+        """The mask to use instead of ``pattern`` (in the call's positions; see ``call.place``).
+        Padded keys stay hidden whatever is returned."""
+        return pattern
+
+    def edits(self) -> Sequence[Edit]:
+        """What to change at the sites of the model. Read once, when the patch is entered."""
+        return ()
+
+    def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
+        """The attention output ``(B, H, N, Dv)``. ``inner`` is the next method of the stack, and at
+        the bottom :func:`regard.attend` with the edits of ``logits`` and ``weights``. Hand changed
+        calls to it (``inner(call.replace(layout=...))``) rather than calling ``regard.attend``:
+        edits of other methods would be lost."""
+        return inner(call)
+
+
+def both(first: Mask, second: Mask) -> Mask:
+    """``first & second`` without saying anything twice: ``Causal() & Causal()`` would not be
+    recognised by the backend that knows causal attention."""
+    parts: list[Mask] = []
+    for mask in (first, second):
+        for part in mask.parts if isinstance(mask, And) else (mask,):
+            if not isinstance(part, Full) and part not in parts:
+                parts.append(part)
+    if not parts:
+        return Full()
+    return parts[0] if len(parts) == 1 else And(tuple(parts))
+
+
+class MaskMethod(Method):
+    """A mask as a method: a query sees what the model and the mask both allow."""
+
+    def __init__(self, mask: Mask) -> None:
+        self._mask = mask
+
+    def mask(self, pattern: Mask, call: AttentionCall) -> Mask:
+        """The model's pattern and this mask, which counts from the first real token."""
+        return both(pattern, call.place(self._mask))
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """Reads a running model through :func:`regard.watch`; changes nothing.
+
+    It may also have ``attention(call, out)``, called after every self-attention of the decoder
+    with the final call and its output ``(B, H, N, Dv)``, and ``observers()``, which returns
+    :class:`Edit` objects whose functions only read.
+    """
+
+    def result(self) -> Any:
+        """What was seen."""
+        ...
+
+
+def as_method(value: object) -> Method:
+    """A method from what the user gave: a :class:`Method` or a :class:`regard.Mask`."""
+    if isinstance(value, Mask):
+        return MaskMethod(value)
+    if isinstance(value, Method):
+        return value
+    raise ValueError(f"patch: expected a Method or a Mask, got {type(value).__name__}")

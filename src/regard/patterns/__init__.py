@@ -1,0 +1,1 @@
+"""Papers about where and how to attend that need no look at the content: one file a paper."""
