@@ -196,6 +196,11 @@ class NeuralBiasFactors(nn.Module):
         self, features_q: int, features_k: int, heads: int, rank: int, hidden: int = 256
     ) -> None:
         super().__init__()
+        sizes = {"heads": heads, "rank": rank, "hidden": hidden}
+        sizes |= {"features_q": features_q, "features_k": features_k}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"NeuralBiasFactors: {name} must be >= 1, got {size}")
         self.heads, self.rank = heads, rank
         self.q = self._network(features_q, hidden, heads * rank)
         self.k = self._network(features_k, hidden, heads * rank)
