@@ -12,7 +12,7 @@ from regard import Causal, SlidingWindow
 from regard.bench import timing
 from regard.bench.methods import KNOWN, method
 from regard.bench.quality import haystack, needles
-from regard.bench.text import read_text, sample_text, tokens
+from regard.bench.text import read_text, tokens
 from regard.catalog import catalog
 
 
@@ -43,13 +43,6 @@ def test_peak_memory_sees_what_was_freed_again():
         assert memory.peak is None
     else:
         assert 140e6 < memory.above < 400e6
-
-
-def test_the_sample_is_long_enough():
-    text = sample_text()
-    # A token of English is four characters or so: 60,000 tokens are asked for.
-    assert len(text) > 300_000
-    assert "Project Gutenberg" not in text
 
 
 def test_text_of_a_user(tmp_path):

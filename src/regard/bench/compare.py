@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..core.masks import Causal, Mask
 from ..core.stats import MassByDistance, MassOn
+from ..data import sample_text
 from ..models import AttentionCall, Method, StatsProbe, load, patch, watch
 from ..models.method import Inner
 from .methods import Named, method
 from .quality import Prediction, ask, haystack, needles, predict, prefill
-from .text import read_text, sample_text, tokens
+from .text import read_text, tokens
 from .timing import PeakMemory, machine, synchronise
 
 Progress = Callable[[str, int, int], None]

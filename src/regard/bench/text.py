@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def sample_text() -> str:
-    """The English text that comes with the package; ``data/sample.md`` says what it is."""
-    return files("regard.data").joinpath("sample.txt").read_text(encoding="utf-8")
 
 
 def read_text(path: Path | str) -> str:

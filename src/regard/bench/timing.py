@@ -129,12 +129,14 @@ def resident() -> int | None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    cuda = torch.cuda.is_available()
+    """What figures are measured on, in words that a result can carry."""
     return {
+        "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpus": [torch.cuda.get_device_name(at) for at in range(torch.cuda.device_count())],
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

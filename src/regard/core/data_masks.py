@@ -174,9 +174,11 @@ class PerHead(MaskGroup):
     sign = "per head"
 
     def __init__(self, masks: tuple[Mask, ...] | list[Mask]) -> None:
+        if not isinstance(masks, (tuple, list)) or not all(isinstance(p, Mask) for p in masks):
+            raise ValueError(f"PerHead: expected a list of Masks, got {masks!r}")
+        if not masks:
+            raise ValueError("PerHead: expected a non-empty list of Masks")
         object.__setattr__(self, "parts", tuple(masks))
-        if not self.parts or not all(isinstance(p, Mask) for p in self.parts):
-            raise ValueError(f"PerHead: expected a non-empty sequence of Masks, got {masks!r}")
         if any(p.heads is not None for p in self.parts):
             raise ValueError("PerHead: its masks must not be made for several heads themselves")
         self._agree()

@@ -319,6 +319,10 @@ class Shifted(Mask):
     mask: Mask
     by: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.mask, Mask) or not isinstance(self.by, int):
+            raise ValueError(f"Shifted: expected a Mask and an integer, got {self!r}")
+
     @property
     def heads(self) -> int | None:
         return self.mask.heads

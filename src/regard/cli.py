@@ -1,0 +1,291 @@
+"""The command line: parses, calls, prints.
+
+A user's mistake is one line on stderr and exit status 2; ``regard --traceback COMMAND ...`` shows
+where it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+if TYPE_CHECKING:
+    import typer
+    from rich.console import Console
+
+    from .core.masks import Mask
+else:
+    try:
+        import typer
+    except ModuleNotFoundError:  # main() says what to install
+        typer = None
+
+EXTRAS = {
+    "typer": "cli",
+    "rich": "cli",
+    "matplotlib": "report",
+    "jinja2": "report",
+    "markupsafe": "report",
+    "transformers": "models",
+    "gguf": "models",
+    "safetensors": "models",
+    "accelerate": "models",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the ``regard`` script; always leaves through ``SystemExit``."""
+    if typer is None:
+        _fail(_missing("typer"))
+    args = list(sys.argv[1:] if argv is None else argv)
+    # The parser's own error class; typer exports only its child.
+    usage_error = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+    try:
+        status = _app()(args=args or ["--help"], prog_name="regard", standalone_mode=False)
+    except usage_error as error:
+        _fail(_one_line(error.format_message()))
+    except BrokenPipeError:
+        # The reader, such as head, has seen enough. Python would complain again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except (ValueError, OSError) as error:
+        if "--traceback" in args:
+            raise
+        _fail(_one_line(str(error)))
+    except ModuleNotFoundError as error:
+        if "--traceback" in args or (error.name or "").split(".")[0] not in EXTRAS:
+            raise
+        _fail(_missing((error.name or "").split(".")[0]))
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    raise SystemExit(status or 0)
+
+
+def _app() -> Any:
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=False,
+        rich_markup_mode=None,
+        help="Attention in PyTorch: build it, look inside it, steer it, measure it.",
+    )
+    app.callback()(_regard)
+    for command in (doctor, catalog, picture, compare):
+        app.command()(command)
+    return app
+
+
+def _regard(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error came from.")
+    ] = False,
+) -> None:
+    """Attention in PyTorch: build it, look inside it, steer it, measure it."""
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Also run backends that compile for a minute.")
+    ] = False,
+) -> None:
+    """Say what works on this machine, and which backend `auto` picks for typical calls and why.
+
+    Example: regard doctor
+    """
+    from . import doctor as doctors
+
+    with _status("looking") as say:
+        found = doctors.report(compiled=compiled, progress=say)
+    if as_json:
+        _print_json(found)
+        return
+    from .report.terminal import doctor_tables
+
+    _console().print(doctor_tables(found))
+
+
+def catalog(
+    key: Annotated[str | None, typer.Argument(help="Show the card of this system only.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    family: Annotated[str | None, typer.Option(help="Only this family, such as sparse.")] = None,
+    state: Annotated[str | None, typer.Option(help="green, partial or planned.")] = None,
+) -> None:
+    """List all systems, what exists of each, and with what evidence.
+
+    Example: regard catalog --family kernel --state partial
+    """
+    from . import catalog as catalogs
+
+    if key is not None:
+        if family is not None or state is not None:
+            raise ValueError("catalog: give a KEY, or --family and --state, not both")
+        row = catalogs.find(key)
+        if as_json:
+            _print_json(row.as_dict())
+            return
+        from .report.terminal import card_table
+
+        _console().print(card_table(row))
+        return
+    rows = catalogs.catalog(family, state)
+    if as_json:
+        _print_json([row.as_dict() for row in rows])
+        return
+    from .report.terminal import catalog_table
+
+    _console().print(catalog_table(rows))
+
+
+def picture(
+    mask: Annotated[str, typer.Argument(help='Such as "Causal() & SlidingWindow(16)".')],
+    n: Annotated[int, typer.Option("--n", help="Number of queries.", min=1)] = 64,
+    m: Annotated[
+        int | None, typer.Option("--m", help="Number of keys, by default as many.", min=1)
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Also draw it into this PNG file.")] = None,
+) -> None:
+    """Draw any mask: queries downwards, keys across.
+
+    Example: regard picture "Causal() & (SlidingWindow(16) | Sinks(4))" --png mask.png
+    """
+    from .report.mask_text import parse_mask
+
+    drawn = parse_mask(mask)
+    if png is not None:
+        from .report.pictures import mask_png
+
+        mask_png(drawn, n, m, path=png)
+        print(f"drawn into {png}", file=sys.stderr)
+    print(drawn.picture(n, m))
+    print(f"{drawn!r}: {drawn.density(n, m):.1%} of {n} x {n if m is None else m} pairs")
+
+
+def compare(
+    model: Annotated[str, typer.Option(help="A name or a path that transformers knows.")] = (
+        "smollm2"
+    ),
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to read.")] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Read the sample, Milton's Paradise Lost (default).")
+    ] = False,
+    length: Annotated[int, typer.Option(help="Number of tokens.", min=16)] = 4096,
+    methods: Annotated[
+        str, typer.Option(help="Names such as window:512, or masks; commas.")
+    ] = "full,window,streaming",
+    seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+) -> None:
+    """Swap a language model's attention for several mechanisms; compare quality, speed, memory.
+
+    Example: regard compare --sample --methods full,window,streaming --html report.html
+    """
+    if sample and text is not None:
+        raise ValueError("compare: give --text FILE or --sample, not both")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise FileNotFoundError(f"compare: there is no folder {html.absolute().parent}")
+    chosen = _methods(methods)
+    source = None if text is None else _existing(text)
+    from .bench import compare as comparison
+
+    with _progress() as advance:
+        result = comparison.run(
+            model=model, text=source, length=length, methods=chosen, seed=seed, progress=advance
+        )
+    if html is not None:
+        from .report.page import write
+
+        write(result, html)
+    if as_json:
+        _print_json(result)
+    else:
+        _console().print(comparison.table(result))
+    if html is not None:
+        print(f"report written to {html}", file=sys.stderr)
+
+
+def _methods(text: str) -> tuple[str | Mask, ...]:
+    """Names and masks, separated by the commas outside of brackets."""
+    from .report.mask_text import parse_mask
+
+    parts, depth = [""], 0
+    for sign in text:
+        depth += (sign in "([") - (sign in ")]")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    names = [part.strip() for part in parts if part.strip()]
+    if not names:
+        raise ValueError("compare: --methods names no method")
+    return tuple(parse_mask(name) if "(" in name else name for name in names)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"compare: there is no file {path}")
+    return path
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+@contextmanager
+def _status(words: str) -> Iterator[Any]:
+    """A spinner on stderr; yields a function that changes its words."""
+    with _console(stderr=True).status(words) as status:
+        yield status.update
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A progress bar on stderr; yields ``advance(words, done, total)``."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def advance(words: str, done: int, total: int) -> None:
+            bar.update(task, description=words, completed=done, total=total)
+
+        yield advance
+
+
+def _print_json(found: Any) -> None:
+    print(json.dumps(_plain(found), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _plain(found: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(found, dict):
+        return {str(key): _plain(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [_plain(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def _missing(module: str) -> str:
+    return f"{module} is not installed; pip install 'regard[{EXTRAS[module]}]' brings it"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _fail(words: str, status: int = 2) -> None:
+    print(f"regard: {words}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

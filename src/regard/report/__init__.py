@@ -1,0 +1,1 @@
+"""Pictures, tables and pages: everything that turns results into something to look at."""
