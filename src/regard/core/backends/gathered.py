@@ -75,16 +75,16 @@ class GatheredTiles:
 
     def __iter__(self) -> Iterator[GatheredTile]:
         layout = self.layout
-        counts = layout.counts.expand(self.b, self.units, -1).reshape(-1)
-        counts = counts.to("cpu")
+        counts = layout.counts.expand(self.b, self.units, -1).reshape(-1).cpu()
         order = torch.argsort(counts, stable=True)
         sizes, amounts = torch.unique_consecutive(counts[order], return_counts=True)
         start = 0
         for size, amount in zip(sizes.tolist(), amounts.tolist(), strict=True):
             if size:
-                pairs = self.group * layout.block_q * size * layout.block_k
-                for pick in order[start : start + amount].split(max(1, TILE_PAIRS // pairs)):
-                    yield GatheredTile(self, pick.to(self.q.device), size)
+                units = Units(self, order[start : start + amount].to(self.q.device), size)
+                step = max(1, TILE_PAIRS // (self.group * layout.block_q * size * layout.block_k))
+                for first in range(0, amount, step):
+                    yield GatheredTile(self, units, first, min(first + step, amount))
             start += amount
 
     def result(self) -> tuple[Tensor, Tensor]:
@@ -115,91 +115,106 @@ class GatheredTiles:
         return _restore(dq, layout.perm_q), sides[0], sides[1]
 
 
-class GatheredTile:
-    """Some units, each against ``size`` gathered key blocks."""
+class Units:
+    """All units with equally many key blocks, and where their blocks stand."""
 
     def __init__(self, tiles: GatheredTiles, unit: Tensor, size: int) -> None:
-        self.tiles, self.unit, self.size = tiles, unit, size
         layout = tiles.layout
-        nq, bl, hl = layout.query_blocks, layout.index.shape[0], layout.index.shape[1]
-        self.row = unit % nq
-        self.batch, self.head = unit // nq // tiles.units, unit // nq % tiles.units
-        self.lb = self.batch if bl > 1 else torch.zeros_like(unit)
-        self.lh = self.head if hl > 1 else torch.zeros_like(unit)
-        if hl > 1 and hl < tiles.units:
-            self.lh = self.head // (tiles.units // hl)
-        blocks = layout.index[self.lb, self.lh, self.row, :size]
+        self.unit, self.size = unit, size
+        self.row = unit % layout.query_blocks
+        line = unit // layout.query_blocks
+        self.batch, self.head = line // tiles.units, line % tiles.units
+        # Indices into the layout, whose batch entries and heads may be shared.
+        self.lb = self.batch if layout.index.shape[0] > 1 else torch.zeros_like(unit)
+        self.lh = self.head if layout.index.shape[1] > 1 else torch.zeros_like(unit)
+        self.blocks = layout.index[self.lb, self.lh, self.row, :size]
         key_heads = tiles.hkv * tiles.copies
-        key_head = self.head // (tiles.units // key_heads)
-        line = (self.batch * key_heads + key_head)[:, None] * layout.key_blocks
-        self.address = (line + blocks).flatten()
-        self.blocks = blocks
-        self.q = tiles.q.index_select(0, unit)
-        self.k = tiles.k.index_select(0, self.address).view(len(unit), -1, tiles.d)
-        self.v = tiles.v.index_select(0, self.address).view(len(unit), -1, tiles.dv_width)
-        self.flags = layout.partial[self.lb, self.lh, self.row, :size]
-        # A short last block carries padding keys, which must be masked like partial ones.
-        if tiles.m % layout.block_k:
-            self.short = blocks == layout.key_blocks - 1
-        else:
-            self.short = torch.zeros_like(self.flags)
+        key_line = self.batch * key_heads + self.head // (tiles.units // key_heads)
+        self.address = key_line[:, None] * layout.key_blocks + self.blocks
+        flags = layout.partial[self.lb, self.lh, self.row, :size]
+        if layout.mask is None:
+            flags = torch.zeros_like(flags)
+        self.may_be_empty = bool(flags.all(-1).any())
+        self.partial = _Marked(flags)
+        self.short = _Marked(self.blocks == tiles.m // layout.block_k)
+
+
+class _Marked:
+    """Marked (unit, slot) pairs, found once and cut into stretches of units."""
+
+    def __init__(self, flags: Tensor) -> None:
+        self.unit, self.slot = flags.nonzero().unbind(-1)
+        self.ends = [0, *flags.sum(-1).cumsum(0).tolist()]
+
+    def between(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Units, counted from ``first``, and slots of the marks of units ``first:last``."""
+        cut = slice(self.ends[first], self.ends[last])
+        return self.unit[cut] - first, self.slot[cut]
+
+
+class GatheredTile:
+    """Units ``first:last`` of equally many, each against its gathered key blocks."""
+
+    def __init__(self, tiles: GatheredTiles, units: Units, first: int, last: int) -> None:
+        self.tiles, self.units, self.first, self.last = tiles, units, first, last
+        self.count = last - first
+        self.unit = units.unit[first:last]
+        self.address = units.address[first:last].flatten()
+        self.q = tiles.q.index_select(0, self.unit)
+        self.k = tiles.k.index_select(0, self.address).view(self.count, -1, tiles.d)
+        self.v = tiles.v.index_select(0, self.address).view(self.count, -1, tiles.dv_width)
 
     @property
     def may_be_empty(self) -> bool:
-        return self.tiles.layout.mask is not None and bool(self.flags.all(-1).any())
-
-    def _split(self, scores: Tensor) -> Tensor:
-        layout = self.tiles.layout
-        return scores.view(
-            len(self.unit), self.tiles.group, layout.block_q, self.size, layout.block_k
-        )
+        return self.units.may_be_empty
 
     def block(self, scores: Tensor) -> None:
-        layout = self.tiles.layout
-        split = self._split(scores)
-        if self.tiles.m % layout.block_k:
-            tail = self.tiles.m % layout.block_k
-            at, slot = self.short.nonzero().unbind(-1)
-            split[at, :, :, slot, tail:] = float("-inf")
-        if layout.mask is None:
-            return
-        at, slot = self.flags.nonzero().unbind(-1)
+        layout, size = self.tiles.layout, self.units.size
+        sides = (layout.block_q, size, layout.block_k)
+        split = scores.view(self.count, self.tiles.group, *sides)
+        # A short last block carries padding keys, which nobody may read.
+        at, slot = self.units.short.between(self.first, self.last)
+        if len(at):
+            split[at, :, :, slot, self.tiles.m % layout.block_k :] = float("-inf")
+        at, slot = self.units.partial.between(self.first, self.last)
         if not len(at):
             return
-        ok = self._allowed(at, slot)
-        if len(at) == self.flags.numel():
-            ok = ok.view(len(self.unit), self.size, layout.block_q, layout.block_k)
+        ok = self._allowed(at + self.first, slot)
+        if len(at) == self.count * size:
+            ok = ok.view(self.count, size, layout.block_q, layout.block_k)
             split.masked_fill_(~ok.transpose(1, 2).unsqueeze(1), float("-inf"))
         else:
             part = split[at, :, :, slot].masked_fill(~ok.unsqueeze(1), float("-inf"))
             split[at, :, :, slot] = part
 
     def _allowed(self, at: Tensor, slot: Tensor) -> Tensor:
-        """The mask inside blocks (at, slot): bool (P, block_q, block_k)."""
-        layout = self.tiles.layout
+        """The mask inside blocks (unit, slot): bool (P, block_q, block_k)."""
+        layout, units = self.tiles.layout, self.units
         assert layout.mask is not None
-        b, h = self.lb[at], self.lh[at]
-        i = layout.positions(b, h, self.row[at], keys=False).clamp(min=layout.m - layout.n)
-        j = layout.positions(b, h, self.blocks[at, slot], keys=True).clamp(min=0)
+        b, h = units.lb[at], units.lh[at]
+        i = layout.positions(b, h, units.row[at], keys=False).clamp(min=layout.m - layout.n)
+        j = layout.positions(b, h, units.blocks[at, slot], keys=True).clamp(min=0)
         ok = layout.mask.allows(i[:, :, None], j[:, None, :], h[:, None, None], b[:, None, None])
         return ok.expand(-1, layout.block_q, layout.block_k)
 
     def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        tiles, layout = self.tiles, self.tiles.layout
-        i = layout.positions(self.lb, self.lh, self.row, keys=False)
-        lb, lh = (x.repeat_interleave(self.size) for x in (self.lb, self.lh))
-        j = layout.positions(lb, lh, self.blocks.flatten(), keys=True).view(len(self.unit), -1)
-        i, j = i.clamp(min=layout.m - layout.n), j.clamp(min=0)
-        h = self.head[:, None] * tiles.group + torch.arange(tiles.group, device=i.device)
+        tiles, layout, units = self.tiles, self.tiles.layout, self.units
+        cut = slice(self.first, self.last)
+        lb, lh = units.lb[cut], units.lh[cut]
+        i = layout.positions(lb, lh, units.row[cut], keys=False).clamp(min=layout.m - layout.n)
+        lb, lh = (x.repeat_interleave(units.size) for x in (lb, lh))
+        j = layout.positions(lb, lh, units.blocks[cut].flatten(), keys=True).clamp(min=0)
+        j = j.view(self.count, -1)
+        h = units.head[cut, None] * tiles.group + torch.arange(tiles.group, device=i.device)
         return (
             i[:, None, :, None],
             j[:, None, None, :],
             h[:, :, None, None],
-            self.batch[:, None, None, None],
+            units.batch[cut, None, None, None],
         )
 
     def by_head(self, scores: Tensor) -> Tensor:
-        return scores.view(len(self.unit), self.tiles.group, -1, scores.shape[-1])
+        return scores.view(self.count, self.tiles.group, -1, scores.shape[-1])
 
     def write(self, out: Tensor, lse: Tensor | None) -> None:
         self.tiles.out.index_copy_(0, self.unit, out)
