@@ -17,7 +17,7 @@ from .layout import BlockLayout
 from .masks import Full, Mask
 
 # Block sides of layouts made from masks, by device type: measured, see benchmarks/core.py.
-_BLOCK = {"cpu": (128, 64), "cuda": (128, 64)}
+_BLOCK = {"cpu": (64, 64), "cuda": (128, 64)}
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class BlockLayout:
     mask: Mask | None = None
     perm_q: Tensor | None = None
     perm_k: Tensor | None = None
-    memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.block_q < 1 or self.block_k < 1:

@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .tiles import TILE_PAIRS
+from .tiles import Scratch
+
+# Scores of one tile: 2 MB in float32, half of a slice's, because gathered keys share the caches.
+_PAIRS = 1 << 19
 
 
 def _as_blocks(x: Tensor, side: int, group: int = 1, fill: float = 0.0) -> Tensor:
@@ -54,7 +57,7 @@ class GatheredTiles:
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
         h = q.shape[1]
-        self.layout = layout
+        self.layout, self.scratch = layout, Scratch()
         self.b, self.h, self.n, self.d = q.shape
         self.hkv, self.m, self.dv_width = k.shape[1], k.shape[2], v.shape[3]
         shared = h // self.hkv
@@ -82,7 +85,7 @@ class GatheredTiles:
         for size, amount in zip(sizes.tolist(), amounts.tolist(), strict=True):
             if size:
                 units = Units(self, order[start : start + amount].to(self.q.device), size)
-                step = max(1, TILE_PAIRS // (self.group * layout.block_q * size * layout.block_k))
+                step = max(1, _PAIRS // (self.group * layout.block_q * size * layout.block_k))
                 for first in range(0, amount, step):
                     yield GatheredTile(self, units, first, min(first + step, amount))
             start += amount
@@ -160,9 +163,14 @@ class GatheredTile:
         self.count = last - first
         self.unit = units.unit[first:last]
         self.address = units.address[first:last].flatten()
+        self.scratch = tiles.scratch
         self.q = tiles.q.index_select(0, self.unit)
-        self.k = tiles.k.index_select(0, self.address).view(self.count, -1, tiles.d)
-        self.v = tiles.v.index_select(0, self.address).view(self.count, -1, tiles.dv_width)
+        self.k = self._gather("k", tiles.k).view(self.count, -1, tiles.d)
+        self.v = self._gather("v", tiles.v).view(self.count, -1, tiles.dv_width)
+
+    def _gather(self, name: str, blocks: Tensor) -> Tensor:
+        out = self.scratch.take(name, (len(self.address), blocks.shape[1]), blocks)
+        return torch.index_select(blocks, 0, self.address, out=out)
 
     @property
     def may_be_empty(self) -> bool:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout
-from .tiles import TILE_PAIRS
+from .tiles import Scratch
 
-# Partial blocks whose masks are kept between calls, as bytes; beyond it they are made anew.
+# Scores of one tile: 4 MB in float32. With fewer, the products of a few heads keep no two cores busy;
+# with more, they leave the caches (measured).
+_PAIRS = 1 << 20
+# Bytes of partial blocks' masks kept with a layout; beyond it they are made anew at each call.
 _KEEP = 1 << 26
 
 
@@ -86,7 +89,7 @@ class SliceTiles:
         b, h, n, d = q.shape
         hkv, m = k.shape[1], k.shape[2]
         self.shape, self.group, self.lines = (b, h, n), h // hkv, b * hkv
-        self.layout, self.hkv = layout, hkv
+        self.layout, self.hkv, self.scratch = layout, hkv, Scratch()
         self.perm_q, self.perm_k = (None if p is None else p[0, 0] for p in layout.perms)
         q, k, v = _take(q, self.perm_q), _take(k, self.perm_k), _take(v, self.perm_k)
         # Original positions of the rows and columns, in the order in which they stand here.
@@ -104,28 +107,31 @@ class SliceTiles:
             if not row.runs:
                 continue
             pairs = self.group * (row.stop - row.start) * row.length
-            step = max(1, TILE_PAIRS // pairs)
+            step = max(1, _PAIRS // pairs)
             for line in range(0, self.lines, step):
                 yield SliceTile(self, row, slice(line, min(line + step, self.lines)))
 
-    def blocked(self, row: Row, at: int) -> Tensor:
-        """Pairs that the mask forbids in the ``at``-th masked stretch of a row, bool (R, L)."""
+    def penalty(self, row: Row, at: int) -> Tensor:
+        """What the ``at``-th masked stretch of a row adds to scores: 0 or -inf, (R, L).
+
+        Adding it is several times faster than filling by a bool mask.
+        """
         layout = self.layout
         assert layout.mask is not None
-        store: dict[object, Tensor] = layout.memo.setdefault("blocked", {})
+        store: dict[object, Tensor] = layout.memo.setdefault(("penalty", self.q.dtype), {})
         a, z, keys = row.masked[at]
         key: object = (row.start, at)
         if layout.mask.relative and len(keys) == 1 and not layout.permuted:
             key = (row.start - keys[0][0], row.stop - row.start, z - a, "relative")
         if key in store:
             return store[key]
-        blocked = ~layout.mask.allows(*self.positions(row, keys)).expand(
-            row.stop - row.start, z - a
-        )
-        held = layout.memo.get("held", 0) + blocked.numel()
+        allowed = layout.mask.allows(*self.positions(row, keys))
+        penalty = self.q.new_zeros(row.stop - row.start, z - a)
+        penalty.masked_fill_(~allowed, float("-inf"))
+        held = layout.memo.get("held", 0) + penalty.nbytes
         if held <= _KEEP:
-            store[key], layout.memo["held"] = blocked, held
-        return blocked
+            store[key], layout.memo["held"] = penalty, held
+        return penalty
 
     def positions(self, row: Row, runs: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
         """Original positions of a row's queries ``(R, 1)`` and of stretches of keys ``(1, L)``."""
@@ -166,16 +172,19 @@ class SliceTile:
     """One query block of some heads against its stretches of keys."""
 
     def __init__(self, tiles: SliceTiles, row: Row, lines: slice) -> None:
-        self.tiles, self.row, self.lines = tiles, row, lines
+        self.tiles, self.row, self.lines, self.scratch = tiles, row, lines, tiles.scratch
         self.q = self._rows(tiles.q)
-        self.k, self.v = self._keys(tiles.k), self._keys(tiles.v)
+        self.k, self.v = self._keys("k", tiles.k), self._keys("v", tiles.v)
 
     def _rows(self, x: Tensor) -> Tensor:
         return x[self.lines, :, self.row.start : self.row.stop].flatten(1, 2)
 
-    def _keys(self, x: Tensor) -> Tensor:
+    def _keys(self, name: str, x: Tensor) -> Tensor:
         parts = [x[self.lines, a:z] for a, z in self.row.runs]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if len(parts) == 1:
+            return parts[0]
+        shape = (parts[0].shape[0], self.row.length, x.shape[2])
+        return torch.cat(parts, dim=1, out=self.scratch.take(name, shape, x))
 
     @property
     def may_be_empty(self) -> bool:
@@ -187,7 +196,7 @@ class SliceTile:
         rows = self.row.stop - self.row.start
         grouped = scores.view(-1, self.tiles.group, rows, scores.shape[-1])
         for at, (a, z, _) in enumerate(self.row.masked):
-            grouped[..., a:z].masked_fill_(self.tiles.blocked(self.row, at), float("-inf"))
+            grouped[..., a:z].add_(self.tiles.penalty(self.row, at))
 
     def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tiles, device = self.tiles, self.tiles.q.device

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# Scores of one tile: 2 MB in float32, which stays in the caches of two cores (measured best).
-TILE_PAIRS = 1 << 19
+
+class Scratch:
+    """Buffers that are used again for every tile: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor; the one taken before under this name is overwritten."""
+        size = math.prod(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size:
+            held = self._held[name] = like.new_empty(size)
+        return held[:size].view(shape)
+
+    def product(self, name: str, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+        """``factor * a @ b`` of batched matrices, in a buffer."""
+        out = self.take(name, (a.shape[0], a.shape[1], b.shape[2]), a)
+        if factor == 1.0:
+            return torch.bmm(a, b, out=out)
+        return torch.baddbmm(out, a, b, beta=0, alpha=factor, out=out)
 
 
 class Tile(Protocol):
@@ -18,6 +38,7 @@ class Tile(Protocol):
     q: Tensor
     k: Tensor
     v: Tensor
+    scratch: Scratch
 
     @property
     def may_be_empty(self) -> bool:
@@ -58,7 +79,7 @@ class Tiles(Protocol):
 
 
 def _scores(tile: Tile, scale: float, bias: Tensor | None) -> Tensor:
-    s = torch.bmm(tile.q * scale if scale != 1.0 else tile.q, tile.k.transpose(1, 2))
+    s = tile.scratch.product("scores", tile.q, tile.k.transpose(1, 2), scale)
     if bias is not None:
         tile.by_head(s).add_(bias)
     tile.block(s)
@@ -76,7 +97,10 @@ def _kept(like: Tensor, drop: tuple[float, int]) -> Tensor:
 def forward_tile(
     tile: Tile, scale: float, bias: Tensor | None, drop: tuple[float, int], keep_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Output ``(T, R, Dv)`` and, if asked for, log-sum-exp ``(T, R)`` of a tile."""
+    """Output ``(T, R, Dv)`` and, if asked for, log-sum-exp ``(T, R)`` of a tile.
+
+    The output lies in a buffer that the next tile overwrites.
+    """
     s = _scores(tile, scale, bias)
     may_be_empty = tile.may_be_empty or bias is not None
     top = s.amax(-1) if keep_lse or may_be_empty else None
@@ -96,26 +120,24 @@ def forward_tile(
             lse.masked_fill_(empty, float("-inf"))
     if drop[0] > 0.0:
         p.mul_(_kept(p, drop))
-    return torch.bmm(p, tile.v), lse
+    return tile.scratch.product("out", p, tile.v), lse
 
 
 def backward_tile(tile: Tile, scale: float, bias: Tensor | None, drop: tuple[float, int]) -> Tensor:
     """Add a tile's gradients to q, k and v; returns those of its scores ``(T, R, L)``."""
+    scratch = tile.scratch
     grad_out, delta, lse = tile.rows()
     p = _scores(tile, scale, bias)
     p.sub_(lse.masked_fill(lse == float("-inf"), float("inf"))).exp_()
-    ds = torch.bmm(grad_out, tile.v.transpose(1, 2))
+    ds = scratch.product("ds", grad_out, tile.v.transpose(1, 2))
     weights = p
     if drop[0] > 0.0:
         kept = _kept(p, drop)
         ds.mul_(kept)
         weights = p * kept
-    dv = torch.bmm(weights.transpose(1, 2), grad_out)
+    dv = scratch.product("dv", weights.transpose(1, 2), grad_out)
     ds.sub_(delta).mul_(p)
-    dq = torch.bmm(ds, tile.k)
-    dk = torch.bmm(ds.transpose(1, 2), tile.q)
-    if scale != 1.0:
-        dq.mul_(scale)
-        dk.mul_(scale)
+    dq = scratch.product("dq", ds, tile.k, scale)
+    dk = scratch.product("dk", ds.transpose(1, 2), tile.q, scale)
     tile.add(dq, dk, dv)
     return ds
