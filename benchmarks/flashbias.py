@@ -145,13 +145,26 @@ def _solver(n: int, steps: int) -> dict[str, Any]:
 
 
 def swin(side: int = 12, steps: int = 150, windows: int = 16) -> list[dict[str, Any]]:
-    """Relative-position tables of Swin windows: smooth, learnt by denoising, random."""
+    """Relative-position tables of Swin windows: smooth, learnt by denoising, random.
+
+    The rank that keeps 99.5 % of the energy does not know how sharply the table attends, nor that a
+    softmax ignores a constant of a row: `-distance / 10` has the same rank and a smaller error of
+    the output; with its rows centred, the energy counts what matters.
+    """
     smooth, random = window_tables(side)
     learnt = relative_bias(denoised_table(side, steps), side)
     n = side**2
     q, k, v = _qkv(n, windows, 4, 32)
     rows = []
-    for name, bias in (("-distance", smooth), ("learnt table", learnt), ("random table", random)):
+    centred = smooth - smooth.mean(-1, keepdim=True)
+    tables = {
+        "-distance": smooth,
+        "-distance / 10": smooth / 10,
+        "-distance / 10, rows centred": centred / 10,
+        "learnt table": learnt,
+        "random table": random,
+    }
+    for name, bias in tables.items():
         phi_q, phi_k = svd_factors(bias)
         rank = phi_q.shape[-1]
         (at,) = rank_curve(bias, q, k, v, (rank,))
@@ -161,7 +174,7 @@ def swin(side: int = 12, steps: int = 150, windows: int = 16) -> list[dict[str, 
             lambda b=full: F.scaled_dot_product_attention(q, k, v, attn_mask=b),
         )
         label = f"Swin: {name}, {windows} windows of {side} x {side}"
-        rows.append(row(label, ours, theirs, None, f"99.5 % energy at {_errors(at)} of {n}"))
+        rows.append(row(label, ours, theirs, None, f"99.5 % energy, {_errors(at)}"))
     return rows
 
 
@@ -196,7 +209,7 @@ def _errors(at: RankError) -> str:
 
 
 def alphafold(
-    residues: int = 48, examples: int = 96, rank: int = 16, steps: int = 800
+    residues: int = 48, examples: int = 96, rank: int = 16, steps: int = 2000
 ) -> list[dict[str, Any]]:
     """A pair bias that changes with the input, learnt from row and column means and single features.
 
@@ -212,7 +225,7 @@ def alphafold(
         rank=rank,
         hidden=128,
         steps=steps,
-        lr=3e-3,
+        lr=6e-3,
         generator=torch.Generator().manual_seed(0),
     )
     heads = bias.shape[1]
