@@ -179,7 +179,7 @@ def swin(side: int = 12, steps: int = 150, windows: int = 16) -> list[dict[str, 
 
 
 def curve(side: int = 12) -> list[dict[str, Any]]:
-    """Rank against error, of the scores and of the output, for a smooth and a random table."""
+    """Rank against error, of the scores and of the output, for smooth tables and a random one."""
     rows = []
     for name, points in rank_curves(side).items():
         for at in points:
@@ -196,12 +196,10 @@ def curve(side: int = 12) -> list[dict[str, Any]]:
 def rank_curves(side: int = 12) -> dict[str, list[RankError]]:
     """The curves of :func:`curve`, which `benchmarks/pictures.py` draws."""
     q, k, v = _qkv(side**2, 4, 1, 32)
-    shown = [r for r in (1, 2, 3, 5, 8, 16, 32, 64, 120, 144) if r <= side**2]
-    names = ("-distance", "a random table")
-    return {
-        name: rank_curve(bias, q, k, v, shown)
-        for name, bias in zip(names, window_tables(side), strict=True)
-    }
+    shown = [*(r for r in (1, 2, 3, 5, 8, 16, 32, 64, 120) if r < side**2), side**2]
+    smooth, random = window_tables(side)
+    tables = {"-distance": smooth, "-distance / 10": smooth / 10, "a random table": random}
+    return {name: rank_curve(bias, q, k, v, shown) for name, bias in tables.items()}
 
 
 def _errors(at: RankError) -> str:

@@ -49,6 +49,18 @@ def run(capsys: Captured, *argv: str) -> tuple[int, str, str]:
         (["compare", "--lenght", "3"], "No such option"),
         (["compare", "--sample", "--text", "x"], "not both"),
         (["comparre"], "comparre"),
+        (["bench", "gna"], "No such command 'gna'"),
+        (["bench", "gna-simulate", "--shape", "8,8"], "--window"),
+        (["bench", "gna-simulate", "--shape", "8x8", "--window", "4"], "--shape must be whole"),
+        (
+            ["bench", "gna-simulate", "--shape", "8,8", "--window", "9"],
+            "larger than the 8 positions",
+        ),
+        (["bench", "gna-simulate", "--shape", "8,8", "--window", "4,4,4"], "tuple of 2"),
+        (
+            ["bench", "gna-simulate", "--shape", "8,8", "--window", "4", "--q-tile", "2,2"],
+            "come together",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(capsys: Captured, argv: list[str], message: str) -> None:
@@ -64,7 +76,7 @@ def test_traceback_on_demand() -> None:
         main(["--traceback", "picture", "Causl()"])
 
 
-@pytest.mark.parametrize("command", ["doctor", "catalog", "picture", "compare"])
+@pytest.mark.parametrize("command", ["doctor", "catalog", "picture", "compare", "bench"])
 def test_help_has_an_example(capsys: Captured, command: str) -> None:
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
@@ -74,7 +86,7 @@ def test_help_has_an_example(capsys: Captured, command: str) -> None:
 def test_no_command_shows_help(capsys: Captured) -> None:
     status, out, _ = run(capsys)
     assert status == 0
-    assert all(word in out for word in ("doctor", "catalog", "picture", "compare"))
+    assert all(word in out for word in ("doctor", "catalog", "picture", "compare", "bench"))
 
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:
@@ -211,3 +223,31 @@ def test_compare_as_json_is_valid_json(
     assert status == 0
     assert json.loads(out) == {"rows": [], "ppl": None}
     assert asked["text"] == text and asked["length"] == 64
+
+
+FLUX = ["--shape", "256,256", "--window", "80,80", "--stride", "16,16", "--share", "0.518"]
+
+
+def test_bench_without_a_command_shows_help(capsys: Captured) -> None:
+    status, out, _ = run(capsys, "bench")
+    assert status == 0 and "gna-simulate" in out
+
+
+def test_gna_simulate(capsys: Captured) -> None:
+    tiles = ["--q-tile", "16,16", "--kv-tile", "16,8"]
+    status, out, _ = run(capsys, "bench", "gna-simulate", *FLUX, *tiles)
+    assert status == 0
+    assert "12,800 of 131,072 visited" in out
+    assert "10.24 x dense attention; its pairs allow 10.24 x: perfectly block-sparse" in out
+    assert "1.88 x at a share of 51.8%" in out
+    assert "measured" not in out
+
+
+def test_gna_simulate_as_json(capsys: Captured) -> None:
+    words = ["--shape", "64,64", "--window", "20", "--measure", "--tokens", "300", "--json"]
+    status, out, _ = run(capsys, "bench", "gna-simulate", *words)
+    found = json.loads(out)
+    assert status == 0
+    assert found["window"] == [20, 20] and found["stride"] == [1, 1]
+    assert found["flop_bound"] == pytest.approx(64 * 64 / 400)
+    assert found["measured"]["shape"] == [16, 16] and found["measured"]["speedup"] > 0

@@ -77,6 +77,9 @@ def _app() -> Any:
     app.callback()(_regard)
     for command in (doctor, catalog, picture, compare):
         app.command()(command)
+    from . import cli_bench
+
+    app.add_typer(cli_bench.app(), name="bench")
     return app
 
 
@@ -100,10 +103,10 @@ def doctor(
     """
     from . import doctor as doctors
 
-    with _status("looking") as say:
+    with status("looking") as say:
         found = doctors.report(compiled=compiled, progress=say)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     from .report.terminal import doctor_tables
 
@@ -127,7 +130,7 @@ def catalog(
             raise ValueError("catalog: give a KEY, or --family and --state, not both")
         row = catalogs.find(key)
         if as_json:
-            _print_json(row.as_dict())
+            print_json(row.as_dict())
             return
         from .report.terminal import card_table
 
@@ -135,7 +138,7 @@ def catalog(
         return
     rows = catalogs.catalog(family, state)
     if as_json:
-        _print_json([row.as_dict() for row in rows])
+        print_json([row.as_dict() for row in rows])
         return
     from .report.terminal import catalog_table
 
@@ -203,7 +206,7 @@ def compare(
 
         write(result, html)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         _console().print(comparison.table(result))
     if html is not None:
@@ -240,7 +243,7 @@ def _console(stderr: bool = False) -> Console:
 
 
 @contextmanager
-def _status(words: str) -> Iterator[Any]:
+def status(words: str) -> Iterator[Any]:
     """A spinner on stderr; yields a function that changes its words."""
     with _console(stderr=True).status(words) as status:
         yield status.update
@@ -261,7 +264,8 @@ def _progress() -> Iterator[Any]:
         yield advance
 
 
-def _print_json(found: Any) -> None:
+def print_json(found: Any) -> None:
+    """Print plain data as JSON that every reader takes."""
     print(json.dumps(_plain(found), indent=2, ensure_ascii=False, allow_nan=False))
 
 

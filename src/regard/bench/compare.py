@@ -16,7 +16,7 @@ from ..core.stats import MassByDistance, MassOn
 from ..data import sample_text
 from ..models import AttentionCall, Method, StatsProbe, load, patch, watch
 from ..models.method import Inner
-from .methods import Named, method
+from .methods import SMOLLM2, Heads, Named, method
 from .quality import Prediction, ask, haystack, needles, predict, prefill
 from .text import read_text, tokens
 from .timing import PeakMemory, machine, synchronise
@@ -90,14 +90,18 @@ def run(
         raise ValueError(
             f"compare: length must be {_LEAST} at least (the needles need room), got {length}"
         )
-    chosen = _chosen(methods, length)
+    chosen = _chosen(methods, length, SMOLLM2)
     content = sample_text() if text is None else read_text(text)
     name = "sample" if text is None else Path(text).name
     say = _Steps(progress, 2 + 3 * len(chosen))
     say(f"loading {model}")
     loaded, tokenizer = load(model)
     loaded.eval()
-    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    config = loaded.config.get_text_config()
+    query = config.num_attention_heads
+    heads = Heads(query, getattr(config, "num_key_value_heads", None) or query)
+    chosen = _chosen(methods, length, heads)
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(f"compare: length {length}, but {model} has {limit} positions")
     hidden = needles(DEPTHS, seed)
@@ -135,9 +139,9 @@ def run(
     }
 
 
-def _chosen(methods: Sequence[str | Mask], length: int) -> list[Named]:
+def _chosen(methods: Sequence[str | Mask], length: int, heads: Heads) -> list[Named]:
     """The methods without repetition, ``full`` first: all others are measured against it."""
-    named = {one.name: one for one in (method(text, length) for text in ("full", *methods))}
+    named = {one.name: one for one in (method(text, length, heads) for text in ("full", *methods))}
     return list(named.values())
 
 
@@ -175,7 +179,7 @@ def _measure(job: _Job, one: Named, say: _Steps) -> tuple[dict[str, Any], Predic
     pairs = n * (n + 1) / 2
     # Dense causal attention has no layout to round up to, so its own share is exactly 1.
     dense = isinstance(one.mask, Causal)
-    listed = pairs if dense else one.mask.layout(n, n, _BLOCK).listed_pairs()
+    listed = pairs if dense else one.mask.layout(n, n, _BLOCK).density * n * n
     row = {
         "method": one.name,
         "mask": repr(one.mask),
