@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from regard import Causal, attend
+from regard.core import grid_layout
 from regard.core.grid import GridMask
 from regard.core.grid_layout import path, thicknesses
 
@@ -172,7 +173,8 @@ def test_paths_visit_every_point_once_and_stay_compact(grid, every):
         assert bool((steps.abs() <= reach)[same].all())
 
 
-def test_attention_with_gradients():
+def test_attention_with_gradients(monkeypatch):
+    monkeypatch.setattr(grid_layout, "_WORTH", 1.0)
     mask = Diamond((6, 7), 3, before=2, after=3)
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 47, 5, dtype=torch.float64, generator=g) for _ in range(3))

@@ -27,7 +27,6 @@ class Plan:
     Attributes:
         backend: the backend's name.
         reason: why it was picked, in words.
-        density: work in the layout over work in the dense call; None where no layout was made.
         call: the checked call that the backend receives.
         factors: a low-rank bias that goes in as extra channels of q and k; ``call.bias`` is then
             None and ``call.scale`` 1.
@@ -36,10 +35,14 @@ class Plan:
 
     backend: str
     reason: str
-    density: float | None
     call: Call
     factors: tuple[Tensor, Tensor] | None
     scale: float
+
+    @property
+    def density(self) -> float | None:
+        """Work in the layout over work in the dense call; None where no layout was made."""
+        return None if self.call.layout is None else self.call.layout.density
 
 
 def attend(
@@ -166,8 +169,7 @@ def plan(
         why_not = get_backend(backend).why_not(q, k, v, call)
         if why_not is not None:
             raise ValueError(f"attend: backend {backend!r} cannot serve this call: {why_not}")
-    density = None if call.layout is None else call.layout.density
-    return Plan(name, reason, density, call, factors, scale)
+    return Plan(name, reason, call, factors, scale)
 
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[str, str, Call]:

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from .grid import Blocks, Box, GridMask
-from .layout import BlockLayout, _pack
+from .layout import BlockLayout, pack_lists
 
 # (query block, key block) pairs whose bounds are evaluated at once.
 _PAIRS = 1 << 20
+# By how much a permutation must shorten the lists: gathering its rows costs something, too (measured).
+_WORTH = 1.15
 # Query blocks that a candidate order is judged by.
 _SAMPLE = 24
 
@@ -140,7 +142,7 @@ def choose(
         best_k = min(k.choices, key=lambda t: _listed(mask, queries, k.get(t)[1]))
     tiled = _listed(mask, q.get(best_q)[1], k.get(best_k)[1])
     plain = _listed(mask, q.get(None)[1], k.get(None)[1])
-    return (None, None) if plain <= tiled else (best_q, best_k)
+    return (best_q, best_k) if plain > _WORTH * tiled else (None, None)
 
 
 @lru_cache(maxsize=64)
@@ -167,8 +169,8 @@ def _made(
         keys.append(key)
         flags.append((~every[row, key]).long())
     line = torch.cat(lines)
-    index, width = _pack(line, torch.cat(keys), nq)
-    partial, _ = _pack(line, torch.cat(flags), nq)
+    index, width = pack_lists(line, torch.cat(keys), nq)
+    partial, _ = pack_lists(line, torch.cat(flags), nq)
     shape = (1, 1, nq, width)
     return BlockLayout(
         n,

@@ -255,8 +255,8 @@ class BlockLayout:
         key = self.index[b, h, row, slot]
         line = (b * hl + h) * nk + key
         order = torch.argsort(line * nq + row)
-        rows, width = _pack(line[order], row[order], bl * hl * nk)
-        slots, _ = _pack(line[order], slot[order], bl * hl * nk)
+        rows, width = pack_lists(line[order], row[order], bl * hl * nk)
+        slots, _ = pack_lists(line[order], slot[order], bl * hl * nk)
         return rows.view(bl, hl, nk, width), slots.view(bl, hl, nk, width)
 
     def to(self, device: Any) -> BlockLayout:
@@ -317,7 +317,7 @@ class BlockLayout:
         return plain if mask is None else plain.under(mask)
 
 
-def _pack(line: Tensor, value: Tensor, lines: int) -> tuple[Tensor, int]:
+def pack_lists(line: Tensor, value: Tensor, lines: int) -> tuple[Tensor, int]:
     """Ragged lists, given as (line, value) sorted by line, as a tensor padded with -1."""
     counts = torch.bincount(line, minlength=lines)
     width = int(counts.max()) if lines else 0
@@ -369,8 +369,8 @@ def build_layout(
     line = torch.cat([empty, *lines])
     order = torch.argsort(line, stable=True) if bl * hl > 1 else slice(None)
     line = line[order]
-    index, width = _pack(line, torch.cat([empty, *keys])[order], bl * hl * nq)
-    partial, _ = _pack(line, torch.cat([empty, *flags])[order].long(), bl * hl * nq)
+    index, width = pack_lists(line, torch.cat([empty, *keys])[order], bl * hl * nq)
+    partial, _ = pack_lists(line, torch.cat([empty, *flags])[order].long(), bl * hl * nq)
     shape = (bl, hl, nq, width)
     return BlockLayout(n, m, bq, bk, index.view(shape), partial.view(shape) == 1, mask)
 

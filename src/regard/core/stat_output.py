@@ -18,7 +18,7 @@ class Output(Kept):
         v: values `(B, Hkv, M, Dv)`; `Hkv` divides the number of query heads. No gradients flow.
     """
 
-    v: Tensor
+    v: Tensor = field(repr=False)
     name: str = field(default="out", kw_only=True)
     _group: int = field(init=False, repr=False)
     _values: Tensor = field(init=False, repr=False)

@@ -9,6 +9,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from .balance import balanced
 from .bias import Bias
 from .layout import BlockLayout
 from .stat_tile import Shape, Tile, Where
@@ -169,8 +170,7 @@ def tiles(scores: Scores, layout: BlockLayout | None, side: int) -> Iterator[Til
                             i[:, None], columns.j[None, c0:c1], part.head, part.batch.start
                         )
                         masked.append((c0, c1, allowed.expand(stop - start, c1 - c0)))
-                room = max(1, scores.budget // (group * (stop - start) * m))
-                for one in _chunks(part, room):
+                for one in _chunks(part, scores.budget // (group * (stop - start) * m)):
                     yield scores.tile(one, rows, i, columns, masked)
 
 
@@ -203,14 +203,15 @@ def _parts(scores: Scores, layout: BlockLayout | None) -> Iterator[_Part]:
 def _chunks(part: _Part, room: int) -> Iterator[_Part]:
     """Pieces of at most `room` key heads whose heads stand side by side in memory."""
     every = len(part.kv)
-    if room >= every:
-        step = room // every
-        for b in range(0, len(part.batch), step):
-            yield _Part(part.batch[b : b + step], part.kv, part.member, part.head)
+    entries = room // every
+    if entries and balanced(entries * every) == entries * every:
+        for b in range(0, len(part.batch), entries):
+            yield _Part(part.batch[b : b + entries], part.kv, part.member, part.head)
         return
+    step = balanced(min(room, every))
     for entry in part.batch:
-        for h in range(0, every, room):
-            yield _Part(range(entry, entry + 1), part.kv[h : h + room], part.member, part.head)
+        for h in range(0, every, step):
+            yield _Part(range(entry, entry + 1), part.kv[h : h + step], part.member, part.head)
 
 
 def _place(x: Tensor, scores: Scores, part: _Part) -> tuple[int, int]:

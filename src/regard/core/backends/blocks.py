@@ -2,12 +2,12 @@
 
 Only the blocks of the layout are computed. A tile is a few query blocks against their key blocks,
 small enough that scores stay in cache; full blocks are not masked, partial ones are. There is no
-compilation and no warm-up.
+compilation and no warm-up; compiled code calls it as it is, instead of unrolling its tiles.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,23 +27,30 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
     return None
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     """Attention over the blocks of ``call.layout``; differentiable, also through the lse."""
+    if torch.compiler.is_compiling():
+        # Decorating at import would load the compiler, which takes a second.
+        return cast("tuple[Tensor, Tensor | None]", torch.compiler.disable(_run)(q, k, v, call))
+    return _run(q, k, v, call)
+
+
+def _run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
     seed = 0
     if call.dropout > 0.0:
         device = "cpu" if call.generator is None else call.generator.device
         seed = int(torch.randint(1 << 62, (), generator=call.generator, device=device))
     learned = () if call.bias is None else call.bias.tensors()
     out, lse = _Blocks.apply(q, k, v, call, seed, *learned)  # type: ignore[no-untyped-call]
-    return out, lse
+    return out, lse if call.need_lse else None
 
 
-def _tiles(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tiles:
+def _tiles(q: Tensor, k: Tensor, v: Tensor, call: Call, keep_lse: bool = True) -> Tiles:
     layout = call.layout
     assert layout is not None
     if layout.index.shape[:2] != (1, 1):
         return GatheredTiles(q, k, v, layout)
-    return SliceTiles(q, k, v, layout)
+    return SliceTiles(q, k, v, layout, keep_lse)
 
 
 def _bias_scores(bias: Bias | None, tile: Tile) -> Tensor | None:
@@ -58,8 +65,8 @@ class _Blocks(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, seed: int, *learned: Tensor
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(q.dtype)
-        tiles = _tiles(q.to(dtype), k.to(dtype), v.to(dtype), call)
         keep_lse = call.need_lse or any(x.requires_grad for x in (q, k, v, *learned))
+        tiles = _tiles(q.to(dtype), k.to(dtype), v.to(dtype), call, keep_lse)
         for number, tile in enumerate(tiles):
             drop = (call.dropout, seed + number)
             tile.write(

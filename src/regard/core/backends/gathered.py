@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..balance import balanced
 from ..layout import BlockLayout
 from .tiles import Scratch
 
@@ -85,7 +86,7 @@ class GatheredTiles:
         for size, amount in zip(sizes.tolist(), amounts.tolist(), strict=True):
             if size:
                 units = Units(self, order[start : start + amount].to(self.q.device), size)
-                step = max(1, _PAIRS // (self.group * layout.block_q * size * layout.block_k))
+                step = balanced(_PAIRS // (self.group * layout.block_q * size * layout.block_k))
                 for first in range(0, amount, step):
                     yield GatheredTile(self, units, first, min(first + step, amount))
             start += amount

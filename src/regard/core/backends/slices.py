@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..balance import balanced
 from ..layout import BlockLayout
+from .bands import BandTile
+from .rows import Row, bands_of
 from .tiles import Scratch
 
 # Scores of one tile: 4 MB in float32. With fewer, the products of a few heads keep no two cores busy;
@@ -18,74 +20,12 @@ _PAIRS = 1 << 20
 _KEEP = 1 << 26
 
 
-@dataclass(frozen=True)
-class Row:
-    """One query block: rows ``start:stop`` against the key stretches ``runs``."""
-
-    start: int
-    stop: int
-    runs: tuple[tuple[int, int], ...]
-    # Columns of the tile that need the mask, with the positions of their keys.
-    masked: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
-    may_be_empty: bool
-
-    @property
-    def length(self) -> int:
-        return sum(z - a for a, z in self.runs)
-
-
-def rows_of(layout: BlockLayout) -> list[Row]:
-    """The query blocks of a shared layout, made once and kept with it."""
-    if "rows" in layout.memo:
-        kept: list[Row] = layout.memo["rows"]
-        return kept
-    rows = []
-    index, partial = layout.index[0, 0].tolist(), layout.partial[0, 0].tolist()
-    for r, (blocks, flags) in enumerate(zip(index, partial, strict=True)):
-        runs: list[list[int]] = []
-        masked: list[tuple[int, int, list[list[int]]]] = []
-        column, whole = 0, False
-        for block, flag in zip(blocks, flags, strict=True):
-            if block < 0:
-                break
-            a, z = block * layout.block_k, min((block + 1) * layout.block_k, layout.m)
-            _extend(runs, a, z)
-            if flag:
-                if masked and masked[-1][1] == column:
-                    _extend(masked[-1][2], a, z)
-                    masked[-1] = (masked[-1][0], column + z - a, masked[-1][2])
-                else:
-                    masked.append((column, column + z - a, [[a, z]]))
-            whole = whole or not flag
-            column += z - a
-        rows.append(
-            Row(
-                r * layout.block_q,
-                min((r + 1) * layout.block_q, layout.n),
-                _pairs(runs),
-                tuple((a, z, _pairs(keys)) for a, z, keys in masked),
-                layout.mask is not None and not whole,
-            )
-        )
-    layout.memo["rows"] = rows
-    return rows
-
-
-def _extend(runs: list[list[int]], a: int, z: int) -> None:
-    if runs and runs[-1][1] == a:
-        runs[-1][1] = z
-    else:
-        runs.append([a, z])
-
-
-def _pairs(runs: list[list[int]]) -> tuple[tuple[int, int], ...]:
-    return tuple((a, z) for a, z in runs)
-
-
 class SliceTiles:
     """Iterates over (query block, group of key heads); grouped queries become more rows."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, keep_lse: bool = True
+    ) -> None:
         b, h, n, d = q.shape
         hkv, m = k.shape[1], k.shape[2]
         self.shape, self.group, self.lines = (b, h, n), h // hkv, b * hkv
@@ -99,17 +39,27 @@ class SliceTiles:
         self.q = q.reshape(self.lines, self.group, n, d)
         self.k = k.reshape(self.lines, m, d)
         self.v = v.reshape(self.lines, m, v.shape[3])
-        self.out = v.new_zeros(self.lines, self.group, n, v.shape[3])
-        self.lse = q.new_full((self.lines, self.group, n), float("-inf"))
+        self.out = v.new_empty(self.lines, self.group, n, v.shape[3])
+        rows = n if keep_lse else 0
+        self.lse = q.new_full((self.lines, self.group, rows), float("-inf"))
 
-    def __iter__(self) -> Iterator[SliceTile]:
-        for row in rows_of(self.layout):
+    def __iter__(self) -> Iterator[SliceTile | BandTile]:
+        for band in bands_of(self.layout):
+            row = band.row
+            side = row.stop - row.start
             if not row.runs:
+                self.out[:, :, row.start : row.start + band.count * side] = 0.0
                 continue
-            pairs = self.group * (row.stop - row.start) * row.length
-            step = max(1, _PAIRS // pairs)
-            for line in range(0, self.lines, step):
-                yield SliceTile(self, row, slice(line, min(line + step, self.lines)))
+            pairs = self.group * side * row.length
+            if band.count > 1:
+                step = balanced(min(band.count, _PAIRS // pairs))
+                for line in range(self.lines):
+                    for at in range(0, band.count, step):
+                        yield BandTile(self, row, line, at, min(step, band.count - at))
+            else:
+                step = balanced(min(self.lines, _PAIRS // pairs))
+                for line in range(0, self.lines, step):
+                    yield SliceTile(self, row, slice(line, min(line + step, self.lines)))
 
     def penalty(self, row: Row, at: int) -> Tensor:
         """What the ``at``-th masked stretch of a row adds to scores: 0 or -inf, (R, L).
@@ -140,8 +90,11 @@ class SliceTiles:
 
     def result(self) -> tuple[Tensor, Tensor]:
         b, h, n = self.shape
-        out, lse = self.out.view(b, h, n, self.out.shape[-1]), self.lse.view(b, h, n)
-        return _put(out, self.perm_q), _put(lse, self.perm_q)
+        out, lse = (
+            self.out.view(b, h, n, self.out.shape[-1]),
+            self.lse.view(b, h, self.lse.shape[-1]),
+        )
+        return _put(out, self.perm_q), _put(lse, self.perm_q) if lse.numel() else lse
 
     def open_gradients(self, grad_out: Tensor, delta: Tensor, lse: Tensor) -> None:
         lines, group, n = self.lines, self.group, self.shape[2]
