@@ -26,6 +26,9 @@ $(BIN)/python:
 $(STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH_PIP) "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[all,dev]"
+# Two packages that tests compare with. Without what they need: that is torchvision, for one, whose
+# build would have to fit PyTorch's, and no test uses it.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps timm natten
 	touch $@
 
 install: $(STAMP)

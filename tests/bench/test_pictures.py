@@ -6,9 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("matplotlib")
-
 from benchmarks import pictures
 
 PAGE = Path(__file__).parents[2] / "docs" / "patterns.md"

@@ -142,7 +142,6 @@ def test_transformers_has_the_same_model(monkeypatch):
 
     It hands them (B, Y, X, H, D), which that natten would have read as (B, H, Y, X, D).
     """
-    pytest.importorskip("transformers")
     monkeypatch.setattr("transformers.utils.is_natten_available", lambda: False)
     theirs = import_module("transformers.models.dinat.modeling_dinat")
 

@@ -68,8 +68,7 @@ def test_equals_the_loop_over_pixels(grid, block, halo, stride, mask_padding):
 def timm_attention():
     """timm's `HaloAttn`, without timm's own start, which imports torchvision."""
     found = find_spec("timm")
-    if found is None:
-        pytest.skip("timm is not installed")
+    assert found is not None, "timm is missing: pip install --no-deps timm, as the Makefile does"
     before = {n: m for n, m in sys.modules.items() if n == "timm" or n.startswith("timm.")}
     for name in before:
         del sys.modules[name]

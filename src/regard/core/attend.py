@@ -18,6 +18,8 @@ from .masks import Full, Mask
 
 # Block sides of layouts made from masks, by device type: measured, see benchmarks/core.py.
 _BLOCK = {"cpu": (64, 64), "cuda": (128, 64)}
+# Bands that list fewer keys a row are cut finer on a CPU: their edges weigh more than the overhead.
+_NARROW = 512
 
 
 @dataclass(frozen=True)
@@ -202,10 +204,14 @@ def _with_layout(q: Tensor, k: Tensor, call: Call, name: str) -> Call:
     bq, bk = _BLOCK.get(q.device.type, (128, 128))
     if name == "flex":
         bq = bk = 128
-    elif q.device.type == "cpu":
+    elif name == "blocks":
         bq = min(bq, n)
     make = _cached_layout if mask.constant else Mask.layout
-    return replace(call, layout=make(mask, n, m, (bq, bk), device=q.device))
+    layout = make(mask, n, m, (bq, bk), device=q.device)
+    cpu = name == "blocks" and q.device.type == "cpu"
+    if cpu and mask.relative and layout.density * m <= _NARROW:
+        layout = make(mask, n, m, (min(32, n), 32), device=q.device)
+    return replace(call, layout=layout)
 
 
 @lru_cache(maxsize=64)

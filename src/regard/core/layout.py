@@ -105,8 +105,11 @@ class BlockLayout:
     @property
     def density(self) -> float:
         """Work in the layout over work in the dense call: listed pairs / (n * m)."""
-        pairs = self.n * self.m * self.index.shape[0] * self.index.shape[1]
-        return self.listed_pairs() / pairs if pairs else 0.0
+        if "density" not in self.memo:
+            pairs = self.n * self.m * self.index.shape[0] * self.index.shape[1]
+            self.memo["density"] = self.listed_pairs() / pairs if pairs else 0.0
+        found: float = self.memo["density"]
+        return found
 
     def listed_pairs(self) -> int:
         """Pairs inside listed blocks, masked or not, summed over the layout's batch and heads."""

@@ -38,7 +38,7 @@ class BandTile:
     def _rows(self, x: Tensor) -> Tensor:
         """Rows of ``x`` (lines, group, N, ...) as (count, group, side, ...)."""
         part = x[self.line, :, self.start : self.start + self.count * self.side]
-        return part.unflatten(1, (self.count, self.side)).transpose(0, 1)
+        return part.view(part.shape[0], self.count, self.side, *part.shape[2:]).transpose(0, 1)
 
     def _keys(self, x: Tensor) -> Tensor:
         """Overlapping stretches of ``x`` (lines, M, D) as (count, length, D), without a copy."""
