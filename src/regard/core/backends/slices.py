@@ -17,7 +17,7 @@ from .tiles import Scratch
 # with more, they leave the caches (measured).
 _PAIRS = 1 << 20
 # Bytes of partial blocks' masks kept with a layout; beyond it they are made anew at each call.
-_KEEP = 1 << 26
+_KEEP = 1 << 27
 
 
 class SliceTiles:
