@@ -71,7 +71,7 @@ def test_parsing_takes_bare_lists_and_heads() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("Causl()", r"there is no Causl\. Did you mean Causal\? There are: Causal, Dense, "),
+        ("Causl()", r"there is no Causl\. Did you mean Causal\? There are: Causal, Clear, "),
         ("slidingwindow(3)", r"Did you mean SlidingWindow\?"),
         ("Xyzzy()", r"there is no Xyzzy\. There are: "),
         ("Predicate(print)", r"there is no Predicate"),

@@ -15,9 +15,12 @@ import torch
 
 from ..core import data_masks, masks
 from ..core.masks import Mask
+from ..patterns import clear_mask, halonet_mask, neighborhood_mask, power, radial, s2_pattern
 
 # Dense and Documents of this many numbers are still text that somebody pasted.
 MAX_CHARACTERS = 20_000
+
+_PATTERNS = (power, s2_pattern, radial, neighborhood_mask, clear_mask, halonet_mask)
 
 # What the masks themselves take for granted.
 _KINDS: dict[str, type] = {"mask": Mask, "masks": list, "by": int}
@@ -27,10 +30,10 @@ _VECTOR = {"Documents": torch.int64, "Keys": torch.bool, "Dense": torch.bool}
 
 def _makers() -> dict[str, Callable[..., Mask]]:
     """The masks that a text can name, by name; a Predicate is a function and has no text."""
-    inner = {"Mask", "And", "Or", "Not", "Predicate"}
+    inner = {"Mask", "GridMask", "And", "Or", "Not", "Predicate"}
     return {
         name: kind
-        for module in (masks, data_masks)
+        for module in (masks, data_masks, *_PATTERNS)
         for name, kind in vars(module).items()
         if inspect.isclass(kind) and issubclass(kind, Mask) and not name.startswith("_")
         if name not in inner
