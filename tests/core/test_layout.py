@@ -60,20 +60,6 @@ def test_permutations_move_slots_not_positions():
     assert layout.permuted
 
 
-def test_transpose_lists_the_readers_of_each_key_block():
-    index, _ = _random(20, 17, 4, 3, 2, 2)
-    layout = BlockLayout.from_index(index, 20, 17, (4, 3))
-    rows, slots = layout.transpose()
-    for b in range(2):
-        for h in range(2):
-            for key in range(layout.key_blocks):
-                want = [r for r in range(5) if key in layout.index[b, h, r].tolist()]
-                got = [r for r in rows[b, h, key].tolist() if r >= 0]
-                assert got == want
-                for r, s in zip(rows[b, h, key].tolist(), slots[b, h, key].tolist(), strict=True):
-                    assert (r < 0 and s < 0) or layout.index[b, h, r, s] == key
-
-
 def test_building_needs_no_quadratic_tensor():
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -245,23 +245,6 @@ class BlockLayout:
                 out = out.expand(inverse.shape).gather(axis, inverse)
         return out.contiguous()
 
-    def transpose(self) -> tuple[Tensor, Tensor]:
-        """For each key block the query blocks that read it, and where it stands in their lists.
-
-        Returns:
-            ``(rows, slots)``, int64 ``(Bl, Hl, key_blocks, R)``, padded at the end with -1:
-            ``index[b, h, rows, slots]`` is the key block.
-        """
-        bl, hl, nq, _ = self.index.shape
-        nk = self.key_blocks
-        b, h, row, slot = (self.index >= 0).nonzero().unbind(-1)
-        key = self.index[b, h, row, slot]
-        line = (b * hl + h) * nk + key
-        order = torch.argsort(line * nq + row)
-        rows, width = pack_lists(line[order], row[order], bl * hl * nk)
-        slots, _ = pack_lists(line[order], slot[order], bl * hl * nk)
-        return rows.view(bl, hl, nk, width), slots.view(bl, hl, nk, width)
-
     def to(self, device: Any) -> BlockLayout:
         """The same layout on another device (itself when it is there already)."""
         if self.index.device == torch.device(device):

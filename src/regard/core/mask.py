@@ -270,31 +270,44 @@ class Or(MaskGroup):
         return some, every
 
 
+class MaskAround(Mask):
+    """A mask made of one other, for the same heads and batch entries and of the same kind."""
+
+    @property
+    def inner(self) -> Mask:
+        """The mask inside."""
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> int | None:
+        return self.inner.heads
+
+    @property
+    def batch(self) -> int | None:
+        return self.inner.batch
+
+    @property
+    def closed(self) -> bool:
+        return self.inner.closed
+
+    @property
+    def relative(self) -> bool:
+        return self.inner.relative
+
+    @property
+    def constant(self) -> bool:
+        return self.inner.constant
+
+
 @dataclass(frozen=True, repr=False)
-class Not(Mask):
+class Not(MaskAround):
     """Allowed where ``part`` is not; written ``~a``."""
 
     part: Mask
 
     @property
-    def heads(self) -> int | None:
-        return self.part.heads
-
-    @property
-    def batch(self) -> int | None:
-        return self.part.batch
-
-    @property
-    def closed(self) -> bool:
-        return self.part.closed
-
-    @property
-    def relative(self) -> bool:
-        return self.part.relative
-
-    @property
-    def constant(self) -> bool:
-        return self.part.constant
+    def inner(self) -> Mask:
+        return self.part
 
     def check(self, n: int, m: int, heads: int | None = None, batch: int | None = None) -> None:
         self.part.check(n, m, heads, batch)
@@ -313,7 +326,7 @@ class Not(Mask):
 
 
 @dataclass(frozen=True)
-class Shifted(Mask):
+class Shifted(MaskAround):
     """``mask`` evaluated ``by`` positions further on: for caches that dropped their first keys."""
 
     mask: Mask
@@ -324,24 +337,8 @@ class Shifted(Mask):
             raise ValueError(f"Shifted: expected a Mask and an integer, got {self!r}")
 
     @property
-    def heads(self) -> int | None:
-        return self.mask.heads
-
-    @property
-    def batch(self) -> int | None:
-        return self.mask.batch
-
-    @property
-    def closed(self) -> bool:
-        return self.mask.closed
-
-    @property
-    def relative(self) -> bool:
-        return self.mask.relative
-
-    @property
-    def constant(self) -> bool:
-        return self.mask.constant
+    def inner(self) -> Mask:
+        return self.mask
 
     def allows(self, i: Tensor, j: Tensor, h: Index = 0, b: Index = 0) -> Tensor:
         return self.mask.allows(i + self.by, j + self.by, h, b)

@@ -30,7 +30,7 @@ _VECTOR = {"Documents": torch.int64, "Keys": torch.bool, "Dense": torch.bool}
 
 def _makers() -> dict[str, Callable[..., Mask]]:
     """The masks that a text can name, by name; a Predicate is a function and has no text."""
-    inner = {"Mask", "GridMask", "And", "Or", "Not", "Predicate"}
+    inner = {"Mask", "GridMask", "MaskAround", "And", "Or", "Not", "Predicate"}
     return {
         name: kind
         for module in (masks, data_masks, *_PATTERNS)
