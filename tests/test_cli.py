@@ -211,6 +211,7 @@ def test_compare_passes_its_options(capsys: Captured, asked: dict[str, Any]) -> 
         "length": 4096,
         "methods": ("full", "window:512", Causal() & SlidingWindow(3, 1)),
         "seed": 3,
+        "tasks": False,
     }
 
 

@@ -181,7 +181,10 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Names such as window:512, or masks; commas.")
     ] = "full,window,streaming",
-    seed: Annotated[int, typer.Option(help="Seed of the needles.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the needles and tasks.")] = 0,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="Also ask long-context tasks, with exact scoring.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
 ) -> None:
@@ -199,7 +202,13 @@ def compare(
 
     with _progress() as advance:
         result = comparison.run(
-            model=model, text=source, length=length, methods=chosen, seed=seed, progress=advance
+            model=model,
+            text=source,
+            length=length,
+            methods=chosen,
+            seed=seed,
+            tasks=tasks,
+            progress=advance,
         )
     if html is not None:
         from .report.page import write

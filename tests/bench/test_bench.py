@@ -7,13 +7,27 @@ import time
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from regard import Causal, SlidingWindow
 from regard.bench import timing
+from regard.bench.meter import Meter
 from regard.bench.methods import KNOWN, method
-from regard.bench.quality import haystack, needles
+from regard.bench.quality import ask, haystack, needles, prefill
+from regard.bench.tasks import TASKS, suite
 from regard.bench.text import read_text, tokens
 from regard.catalog import catalog
+from regard.core.select import Selector
+from regard.sparse.generic import BlockTopK
+
+_TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
 
 
 class Words:
@@ -61,16 +75,21 @@ def test_text_of_a_user(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(set(KNOWN) - {"full"}))
 def test_methods_are_causal_and_sparse(name):
-    found = method(name, 256)
-    dense = found.mask.dense(256)
-    dense = dense.view(-1, 256, 256)
+    how = method(name, 512).how
+    if isinstance(how, Selector):
+        generator = torch.Generator().manual_seed(0)
+        q, k = (torch.randn(1, heads, 512, 8, generator=generator) for heads in (9, 3))
+        dense = how.select(q, k).dense()
+    else:
+        dense = how.dense(512)
+    dense = dense.view(-1, 512, 512)
     assert not dense.triu(1).any() and dense.diagonal(dim1=1, dim2=2).all()
-    assert dense.sum() < Causal().dense(256).sum() * len(dense)
+    assert dense.sum() < Causal().dense(512).sum() * len(dense)
 
 
 def test_methods_by_name():
-    assert method("full", 64).mask == Causal()
-    assert method("window:16", 64).mask == Causal() & SlidingWindow(15)
+    assert method("full", 64).how == Causal()
+    assert method("window:16", 64).how == Causal() & SlidingWindow(15)
     assert method("window", 64).name == "window:16"
     assert method(Causal() & SlidingWindow(3), 64).name == repr(Causal() & SlidingWindow(3))
     for text, words in (
@@ -88,7 +107,8 @@ def test_needles_stand_at_their_depths():
     facts = needles((0.1, 0.5, 0.9), seed=4)
     assert facts == needles((0.1, 0.5, 0.9), seed=4) != needles((0.1, 0.5, 0.9), seed=5)
     text = "".join(f"This is sentence {i}. " for i in range(500))
-    ids = haystack(Words(), text, facts, 2000)
+    placed = [(needle.depth, needle.fact) for needle in facts]
+    ids = haystack(Words(), text, placed, 2000)
     hay = "".join(map(chr, ids[0].tolist()))
     assert 1900 < len(hay) <= 2000
     for needle in facts:
@@ -97,14 +117,14 @@ def test_needles_stand_at_their_depths():
         assert needle.fact.strip() == f"{needle.question.strip()}{needle.answer}."
         assert hay[at - 1] == "."
     with pytest.raises(ValueError, match="too few"):
-        haystack(Words(), text, facts, 100)
+        haystack(Words(), text, placed, 100)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A tiny random Llama with a byte tokenizer, saved like any model of a hub."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -112,15 +132,7 @@ def tiny(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(letters),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
+    config = LlamaConfig(vocab_size=len(letters), **_TINY)
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -161,6 +173,75 @@ def test_compare_on_a_tiny_model(tiny):
     assert "window:32" in console.export_text()
 
 
+def test_compare_with_selectors_and_tasks(tiny):
+    from rich.console import Console
+
+    from regard.bench import compare
+
+    methods = ("mean-topk:256", "exact-topk:256", "streaming:252", "mean-topk:2048")
+    result = compare.run(model=str(tiny), length=1600, methods=methods, tasks=True)
+    rows = {row["method"]: row for row in result["rows"]}
+    assert set(rows["full"]["tasks"]) == set(TASKS)
+    assert all(0.0 <= share <= 1.0 for row in rows.values() for share in row["tasks"].values())
+    # 4 of up to 25 blocks a row; the window of as many keys allows about as many pairs.
+    assert rows["mean-topk:256"]["density"] == pytest.approx(
+        rows["streaming:252"]["density"], rel=0.15
+    )
+    assert rows["mean-topk:256"]["density"] == rows["exact-topk:256"]["density"]
+    assert rows["mean-topk:2048"]["density"] == 1.0
+    assert rows["mean-topk:2048"]["ppl"] == pytest.approx(rows["full"]["ppl"], rel=1e-5)
+    assert rows["exact-topk:256"]["choosing_s"] > 0
+    console = Console(width=200, record=True)
+    console.print(compare.table(result))
+    assert "passkey" in console.export_text()
+
+
+def test_meter_counts_pairs_of_masks_layouts_and_partitions():
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=80, **_TINY)).eval()
+    ids = torch.arange(70)[None]
+    meter = Meter()
+    for how, expected in (
+        (Causal(), 1.0),
+        (Causal() & SlidingWindow(9), (70 * 10 - 45) / (70 * 71 / 2)),
+        # Seven triangles of ten on the diagonal.
+        (BlockTopK(1, 10, sinks=0, recent=1), 7 * 55 / (70 * 71 / 2)),
+    ):
+        meter.reset()
+        with meter.on(model, how), torch.no_grad():
+            model(ids)
+        assert meter.share(listed=False) == pytest.approx(expected), how
+        assert meter.share(listed=True) >= meter.share(listed=False)
+        assert meter.seconds >= meter.choosing >= 0
+
+
+def test_tasks_hold_their_answers_and_follow_the_seed():
+    for task, again in zip(suite(3), suite(3), strict=True):
+        assert task == again
+    assert suite(3) != suite(4)
+    for task in suite(5):
+        said = " ".join(words for _, words in task.facts)
+        for question, answer in task.questions:
+            assert answer.split()[-1] in said, task.name
+            assert answer.startswith(" ") and not question.endswith(" ")
+        assert all(0.0 < depth < 1.0 for depth, _ in task.facts)
+
+
+def test_a_question_leaves_the_cache_as_it_was(tiny):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    ids = tokenizer("the walrus and the carpenter", return_tensors="pt")["input_ids"]
+    _, cache = prefill(model, ids)
+    before = [layer.keys.clone() for layer in cache.layers]
+    out = model(tokenizer(" were", return_tensors="pt")["input_ids"], past_key_values=cache)
+    answer = tokenizer.decode(out.logits[0, -1].argmax())
+    cache.crop(ids.shape[1] - cache.get_seq_length())
+    assert ask(model, tokenizer, cache, " were", answer)
+    assert not ask(model, tokenizer, cache, " were", "x" if answer != "x" else "y")
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, cache.layers, strict=True))
+
+
 def test_compare_names_mistakes_before_it_loads(tiny, tmp_path):
     from regard.bench import compare
 
@@ -168,8 +249,8 @@ def test_compare_names_mistakes_before_it_loads(tiny, tmp_path):
         compare.run(model="/nowhere", methods=("magic",))
     with pytest.raises(ValueError, match="192 at least"):
         compare.run(model="/nowhere", length=20)
-    with pytest.raises(ValueError, match="has 512 positions"):
-        compare.run(model=str(tiny), length=600)
+    with pytest.raises(ValueError, match="has 2048 positions"):
+        compare.run(model=str(tiny), length=2100)
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     with pytest.raises(ValueError, match=r"short\.txt|tokens"):

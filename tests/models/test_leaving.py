@@ -167,7 +167,7 @@ def test_models_without_the_attention_interface():
 def test_mistakes_get_one_line():
     model = make("llama")
     with (
-        pytest.raises(ValueError, match="expected a Method or a Mask, got int"),
+        pytest.raises(ValueError, match="expected a Method, a Mask or a Selector, got int"),
         regard.patch(model, 3),
     ):
         pass

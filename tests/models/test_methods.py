@@ -251,7 +251,7 @@ def test_probes_refuse_what_they_cannot_see():
 
     class Own(Method):
         def attend(self, call, inner):
-            return inner(call)
+            return inner(call) * 2
 
     with (
         pytest.raises(ValueError, match="layer 0 is computed by a patched method in its own way"),

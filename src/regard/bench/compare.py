@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.masks import Causal, Mask
 from ..core.stats import MassByDistance, MassOn
 from ..data import sample_text
-from ..models import AttentionCall, Method, StatsProbe, load, patch, watch
-from ..models.method import Inner
-from .methods import SMOLLM2, Heads, Named, method
+from ..models import StatsProbe, load, patch, watch
+from .meter import Meter
+from .methods import SMOLLM2, Named, method
 from .quality import Prediction, ask, haystack, needles, predict, prefill
+from .selecting import Heads, How
+from .tasks import suite
 from .text import read_text, tokens
 from .timing import PeakMemory, machine, synchronise
 
@@ -28,24 +30,9 @@ _DECODED = 16
 _SINKS = 4
 # The extra pass that shows where attention went reads at most this many tokens.
 _LOOK = 2048
-_BLOCK = 64
+# Room for the longest question and answer.
+_ROOM = 48
 _LEAST = 192
-
-
-class Clock(Method):
-    """Adds up the seconds spent in attention; the outermost method of a stack."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
-        """Time the rest of the stack."""
-        synchronise(call.q.device)
-        start = time.perf_counter()
-        out = inner(call)
-        synchronise(call.q.device)
-        self.seconds += time.perf_counter() - start
-        return out
 
 
 @dataclass(frozen=True)
@@ -56,6 +43,7 @@ class _Job:
     tokenizer: Any
     ids: Tensor
     hay: Tensor
+    chores: Tensor | None
     seed: int
 
 
@@ -63,8 +51,9 @@ def run(
     model: str = "smollm2",
     text: Path | str | None = None,
     length: int = 4096,
-    methods: Sequence[str | Mask] = ("full", "window", "streaming"),
+    methods: Sequence[str | How] = ("full", "window", "streaming"),
     seed: int = 0,
+    tasks: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure quality, speed and memory of several ways of attending on the same tokens.
@@ -73,8 +62,10 @@ def run(
         model: a name for :func:`regard.models.load`.
         text: a UTF-8 file, by default the sample text of the package.
         length: tokens to read.
-        methods: names (``window``, ``streaming:512``, ...) or masks. ``full`` is always measured.
-        seed: of the needles' numbers and places.
+        methods: names (``window``, ``streaming:512``, ...), masks, selectors or methods. ``full`` is
+            always measured.
+        seed: of the needles' and the tasks' numbers and places.
+        tasks: also measure the long-context tasks of :mod:`regard.bench.tasks`.
         progress: called with (words, steps done, steps in all).
 
     Returns:
@@ -93,7 +84,7 @@ def run(
     chosen = _chosen(methods, length, SMOLLM2)
     content = sample_text() if text is None else read_text(text)
     name = "sample" if text is None else Path(text).name
-    say = _Steps(progress, 2 + 3 * len(chosen))
+    say = _Steps(progress, 2 + (3 + tasks) * len(chosen))
     say(f"loading {model}")
     loaded, tokenizer = load(model)
     loaded.eval()
@@ -105,10 +96,14 @@ def run(
     if limit is not None and length > limit:
         raise ValueError(f"compare: length {length}, but {model} has {limit} positions")
     hidden = needles(DEPTHS, seed)
-    # Room for the longest question and answer.
-    hay = haystack(tokenizer, content, hidden, length - 48)
+    facts = [(needle.depth, needle.fact) for needle in hidden]
+    hay = haystack(tokenizer, content, facts, length - _ROOM)
+    chores = None
+    if tasks:
+        facts = [fact for task in suite(seed) for fact in task.facts]
+        chores = haystack(tokenizer, content, facts, length - _ROOM)
     ids = tokens(tokenizer, content, length, "the sample text" if text is None else str(text))
-    job = _Job(loaded, tokenizer, ids, hay, seed)
+    job = _Job(loaded, tokenizer, ids, hay, chores, seed)
     say("the model as it is")
     prefill(loaded, ids[:, :256])
     states, _ = prefill(loaded, ids)
@@ -139,7 +134,7 @@ def run(
     }
 
 
-def _chosen(methods: Sequence[str | Mask], length: int, heads: Heads) -> list[Named]:
+def _chosen(methods: Sequence[str | How], length: int, heads: Heads) -> list[Named]:
     """The methods without repetition, ``full`` first: all others are measured against it."""
     named = {one.name: one for one in (method(text, length, heads) for text in ("full", *methods))}
     return list(named.values())
@@ -158,42 +153,59 @@ class _Steps:
 def _measure(job: _Job, one: Named, say: _Steps) -> tuple[dict[str, Any], Prediction]:
     model, n = job.model, job.ids.shape[1]
     say(f"{one.name}: perplexity and speed")
-    clock = Clock()
-    with patch(model, one.mask, clock):
+    meter = Meter()
+    with meter.on(model, one.how):
         with PeakMemory(model.device) as memory:
             start = time.perf_counter()
             states, cache = prefill(model, job.ids)
             synchronise(model.device)
             taken = time.perf_counter() - start
-            spent = clock.seconds
+            spent, choosing = meter.seconds, meter.choosing
             seen = predict(model, states, job.ids)
         del states
+        density, listed = meter.share(listed=False), meter.share(listed=True)
         decode = _decode_speed(model, cache, job.ids)
         del cache
         say(f"{one.name}: needles")
+        meter.reset()
         _, cache = prefill(model, job.hay)
         found = {
-            str(needle.depth): ask(model, job.tokenizer, cache, needle)
+            str(needle.depth): ask(model, job.tokenizer, cache, needle.question, needle.answer)
             for needle in needles(DEPTHS, job.seed)
         }
-    pairs = n * (n + 1) / 2
-    # Dense causal attention has no layout to round up to, so its own share is exactly 1.
-    dense = isinstance(one.mask, Causal)
-    listed = pairs if dense else one.mask.layout(n, n, _BLOCK).density * n * n
+        del cache
+        scores = _tasks(job, one, say)
     row = {
         "method": one.name,
-        "mask": repr(one.mask),
+        "mask": repr(one.how),
         "ppl": seen.perplexity,
         "needle": found,
-        "density": 1.0 if dense else one.mask.density(n) * n * n / pairs,
-        "bound": pairs / listed,
+        "tasks": scores,
+        "density": density,
+        "bound": 1.0 / listed if listed else None,
         "prefill_s": taken,
         "prefill_tok_s": n / taken,
         "attention_s": spent,
+        "choosing_s": choosing,
         "decode_tok_s": decode,
         "peak_mb": None if memory.peak is None else memory.peak / 1e6,
     }
     return row, seen
+
+
+def _tasks(job: _Job, one: Named, say: _Steps) -> dict[str, float] | None:
+    """Share of exact answers of every long-context task, all asked of one prompt."""
+    if job.chores is None:
+        return None
+    say(f"{one.name}: tasks")
+    _, cache = prefill(job.model, job.chores)
+    return {
+        task.name: mean(
+            ask(job.model, job.tokenizer, cache, question, answer)
+            for question, answer in task.questions
+        )
+        for task in suite(job.seed)
+    }
 
 
 def _decode_speed(model: Any, cache: Any, ids: Tensor) -> float:
@@ -215,7 +227,7 @@ def _where(job: _Job, one: Named) -> dict[str, Any]:
     n = min(job.ids.shape[1], _LOOK)
     edges = [0, *(1 << p for p in range((n - 1).bit_length() + 1))]
     probe = StatsProbe([MassByDistance(edges), MassOn(range(_SINKS))])
-    with patch(job.model, one.mask), watch(job.model, probe) as seen:
+    with patch(job.model, one.how), watch(job.model, probe) as seen:
         prefill(job.model, job.ids[:, :n])
     layers = [seen.result()[0][layer] for layer in sorted(seen.result()[0])]
     by_distance = torch.stack([found["mass_by_distance"].mean((0, 1)) for found in layers]).mean(0)
@@ -228,9 +240,11 @@ def _where(job: _Job, one: Named) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Any:
-    """The rows as a rich table."""
+    """The rows as a rich table, and a second one of the tasks where they were asked."""
+    from rich.console import Group
     from rich.table import Table
 
+    rows = result["rows"]
     words = (
         f"{result['model']}, {result['length']} tokens of {result['text']['name']}; unpatched "
         f"perplexity {result['unpatched_ppl']:.4f}"
@@ -238,9 +252,16 @@ def table(result: dict[str, Any]) -> Any:
     out = Table(title=words, caption=_caption(result), title_justify="left")
     for heading in _HEADINGS:
         out.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in result["rows"]:
+    for row in rows:
         out.add_row(*_cells(row))
-    return out
+    if rows[0]["tasks"] is None:
+        return out
+    tasks = Table(title="share of tasks answered exactly", title_justify="left")
+    for heading in ("method", *rows[0]["tasks"]):
+        tasks.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        tasks.add_row(row["method"], *(f"{share:.0%}" for share in row["tasks"].values()))
+    return Group(out, tasks)
 
 
 _HEADINGS = (
@@ -251,8 +272,8 @@ _HEADINGS = (
     "needles",
     "density",
     "prefill",
-    "tokens/s",
     "attention",
+    "choosing",
     "speed-up",
     "bound",
     "decode/s",
@@ -261,7 +282,7 @@ _HEADINGS = (
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    memory = row["peak_mb"]
+    memory, bound = row["peak_mb"], row["bound"]
     return [
         row["method"],
         f"{row['ppl']:.3f}",
@@ -270,10 +291,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "".join("●" if hit else "○" for hit in row["needle"].values()),
         f"{row['density']:.1%}",
         f"{row['prefill_s']:.1f} s",
-        f"{row['prefill_tok_s']:.0f}",
         f"{row['attention_s']:.2f} s",
+        f"{row['choosing_s']:.2f} s",
         f"{row['attention_speedup']:.2f}x",
-        f"{row['bound']:.2f}x",
+        "" if bound is None else f"{bound:.2f}x",
         f"{row['decode_tok_s']:.1f}",
         "" if memory is None else f"{memory:.0f} MB",
     ]
@@ -283,6 +304,7 @@ def _caption(result: dict[str, Any]) -> str:
     depths = ", ".join(f"{float(depth):.0%}" for depth in result["rows"][0]["needle"])
     return (
         f"needles at {depths} of the text (● found); density: pairs against dense causal; "
-        f"speed-up of attention, and the bound that its density sets; on "
+        f"attention: seconds, choosing where to look included; its speed-up, and the bound that "
+        f"the pairs of the listed blocks set; on "
         f"{result['machine']['processor']}, {result['machine']['threads']} threads"
     )

@@ -6,6 +6,7 @@ import copy
 import math
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,22 +89,27 @@ def needles(depths: tuple[float, ...], seed: int = 0) -> list[Needle]:
     return found
 
 
-def haystack(tokenizer: Any, text: str, hidden: list[Needle], length: int) -> Tensor:
-    """At most ``length`` tokens of text with the needles between its sentences, ``(1, <= length)``."""
+def haystack(tokenizer: Any, text: str, facts: Sequence[tuple[float, str]], length: int) -> Tensor:
+    """At most ``length`` tokens of text with facts between its sentences, ``(1, <= length)``.
+
+    Args:
+        facts: (depth as a share of the length, words), in any order.
+
+    Raises:
+        ValueError: the facts leave no room for the text.
+    """
 
     def encode(x: str) -> list[int]:
         return list(tokenizer(x, add_special_tokens=False)["input_ids"])
 
-    facts = [encode(needle.fact) for needle in hidden]
-    room = length - sum(map(len, facts))
-    if room < 4 * len(facts):
-        raise ValueError(f"needles: {length} tokens are too few for {len(hidden)} needles")
+    waiting = [(depth, encode(words)) for depth, words in sorted(facts, key=lambda fact: fact[0])]
+    if length - sum(len(fact) for _, fact in waiting) < 4 * len(waiting):
+        raise ValueError(f"needles: {length} tokens are too few for {len(waiting)} needles")
     ends = [match.end() for match in re.finditer(r"[.;!?](?=\s)", text[: 16 * length])]
     pieces = [text[a:z] for a, z in zip([0, *ends], ends, strict=False)]
     out: list[int] = []
-    waiting = sorted(zip(hidden, facts, strict=True), key=lambda pair: pair[0].depth)
     for piece in pieces:
-        while waiting and len(out) >= waiting[0][0].depth * length:
+        while waiting and len(out) >= waiting[0][0] * length:
             out += waiting.pop(0)[1]
         ids = encode(piece)
         if len(out) + len(ids) + sum(len(fact) for _, fact in waiting) > length:
@@ -114,21 +120,29 @@ def haystack(tokenizer: Any, text: str, hidden: list[Needle], length: int) -> Te
     return torch.tensor(out, dtype=torch.int64)[None]
 
 
-def ask(model: Any, tokenizer: Any, cache: Any, needle: Needle) -> bool:
-    """Whether the model, greedily, answers the needle's question after the prompt in ``cache``.
+def ask(model: Any, tokenizer: Any, cache: Any, question: str, answer: str) -> bool:
+    """Whether the model, greedily, answers a question exactly after the prompt in ``cache``.
 
     The cache is left as it was.
     """
-    cache = copy.deepcopy(cache)
-    ids = tokenizer(needle.question, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    wanted = tokenizer(needle.answer, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    wanted = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    length = cache.get_seq_length()
+    # Layers that forget old tokens cannot be cut back.
+    cut = not any(cache.is_sliding)
+    if not cut:
+        cache = copy.deepcopy(cache)
+    right = True
     for token in wanted:
         with torch.no_grad():
             out = model.base_model(
                 input_ids=ids.to(model.device), past_key_values=cache, use_cache=True
             )
         best = int(logits(model, out.last_hidden_state[:, -1:])[0, -1].argmax())
-        if best != token:
-            return False
-        ids, cache = torch.tensor([[token]]), out.past_key_values
-    return True
+        right = best == token
+        if not right:
+            break
+        ids = torch.tensor([[token]])
+    if cut:
+        cache.crop(length - cache.get_seq_length())
+    return right

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .method import Probe as Probe
     from .patching import patch as patch
     from .patching import watch as watch
+    from .select_method import SelectMethod as SelectMethod
     from .site_probe import SiteProbe as SiteProbe
     from .spans import Spans as Spans
     from .stats_probe import StatsProbe as StatsProbe
@@ -31,6 +32,7 @@ _WHERE = {
     "Pass": "calls",
     "Probe": "method",
     "Site": "edit",
+    "SelectMethod": "select_method",
     "SiteProbe": "site_probe",
     "Spans": "spans",
     "StatsProbe": "stats_probe",

@@ -99,7 +99,8 @@ class AttentionCall:
         own: the model's own mask in parts (pattern, padding, offsets).
         edits: edits of ``logits`` and ``weights`` that are applied below, in order.
         extra: other keyword arguments that reached the attention function.
-        replaced: a patched method computes this call's output in its own way.
+        replaced: seen by a probe: a patched method made this call's output in its own way, other
+            than by handing one changed call on.
         owner: the patched method that holds the call (the engine's number for it).
     """
 

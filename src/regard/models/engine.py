@@ -157,7 +157,16 @@ class Engine:
                 return x
 
             call = call.edited(Edit("weights", keep, observes=True))
-        out = self._chain(call.layer)(call)
+        reached: list[tuple[AttentionCall, Tensor]] = []
+
+        def bottom(last: AttentionCall) -> Tensor:
+            reached.append((last, compute(last)))
+            return reached[-1][1]
+
+        out = self._chain(call.layer, bottom)(call)
+        # A method that only narrows or moves the call leaves one plain call with this very output.
+        plain = len(reached) == 1 and reached[0][1] is out
+        call = reached[0][0] if plain else replace(call, replaced=True)
         for entry in self.entries:
             watch = getattr(entry.probe, "attention", None)
             if watch is not None and entry.at(call.layer):
@@ -173,9 +182,8 @@ class Engine:
                 return spans.within(passing.prompt)
         return None
 
-    def _chain(self, layer: int) -> Inner:
-        """The methods as functions of a call, the one entered last outermost."""
-        inner: Inner = compute
+    def _chain(self, layer: int, inner: Inner) -> Inner:
+        """The methods around ``inner`` as functions of a call, the one entered last outermost."""
         for entry in self.entries:
             if entry.method is not None and entry.at(layer):
                 inner = self._step(entry, entry.method, inner)
@@ -227,7 +235,6 @@ class Engine:
             sinks=sinks,
             softcap=softcap,
             extra=extra,
-            replaced=any(e.at(layer) and _replaces(e.method) for e in self.entries),
             find_rotary=lambda: self._rotary(module, k, given, passing),
         )
         pattern = own.pattern
@@ -247,10 +254,6 @@ class Engine:
         positions = self.tracker.key_positions(k.shape[2])
         embeddings = given.get("position_embeddings")
         return find_rotary(self.root, module, embeddings, positions.to(k.device), passing.n)
-
-
-def _replaces(method: Method | None) -> bool:
-    return method is not None and type(method).attend is not Method.attend
 
 
 def _observers(probe: Probe | None) -> tuple[Edit, ...]:

@@ -75,12 +75,3 @@ class Probe(Protocol):
     def result(self) -> Any:
         """What was seen."""
         ...
-
-
-def as_method(value: object) -> Method:
-    """A method from what the user gave: a :class:`Method` or a :class:`regard.Mask`."""
-    if isinstance(value, Mask):
-        return MaskMethod(value)
-    if isinstance(value, Method):
-        return value
-    raise ValueError(f"patch: expected a Method or a Mask, got {type(value).__name__}")

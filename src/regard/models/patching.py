@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..core.masks import Mask
+from ..core.select import Selector
 from .engine import engine_of
-from .method import Method, Probe, as_method
+from .method import MaskMethod, Method, Probe
+from .select_method import SelectMethod
 from .spans import Spans
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -19,7 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 @contextmanager
 def patch(
     model: Model,
-    *methods: Method | Mask,
+    *methods: Method | Mask | Selector,
     layers: Collection[int] | None = None,
     spans: Spans | None = None,
 ) -> Iterator[Model]:
@@ -36,9 +38,9 @@ def patch(
 
     Args:
         model: a transformers model that uses the attention interface.
-        methods: masks and :class:`Method` objects, outermost first. ``Full()`` changes nothing but
-            sends the attention through :func:`regard.attend`. Masks count positions from each
-            sequence's first real token, wherever padding puts it.
+        methods: masks, selectors and :class:`Method` objects, outermost first. ``Full()`` changes
+            nothing but sends the attention through :func:`regard.attend`. Masks count positions
+            from each sequence's first real token, wherever padding puts it.
         layers: layers to which they apply (default all).
         spans: named parts of the prompt, for methods that work on them.
 
@@ -50,6 +52,17 @@ def patch(
         raise ValueError("patch: no method given; Full() is the one that changes nothing")
     with _on(model, [(method, None) for method in wanted], layers, spans):
         yield model
+
+
+def as_method(value: object) -> Method:
+    """A method from what the user gave: a :class:`Method`, a :class:`regard.Mask` or a selector."""
+    if isinstance(value, Mask):
+        return MaskMethod(value)
+    if isinstance(value, Selector):
+        return SelectMethod(value)
+    if isinstance(value, Method):
+        return value
+    raise ValueError(f"patch: expected a Method, a Mask or a Selector, got {type(value).__name__}")
 
 
 class Seen:

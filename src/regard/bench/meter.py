@@ -1,0 +1,116 @@
+"""What a way of attending costs in a running model: seconds choosing and attending, pairs read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from ..core.layout import BlockLayout
+from ..core.masks import Causal, Mask
+from ..core.select import Selector
+from ..models import AttentionCall, Method, patch
+from ..models.method import Inner
+from .timing import synchronise
+
+# Block side in which the pairs of a mask without a layout are listed.
+_BLOCK = 64
+
+
+class _Clock(Method):
+    """Adds up the seconds of everything below it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
+        """Time the rest of the stack."""
+        synchronise(call.q.device)
+        start = time.perf_counter()
+        out = inner(call)
+        synchronise(call.q.device)
+        self.seconds += time.perf_counter() - start
+        return out
+
+
+class _Bottom(_Clock):
+    """The clock below the method, which also sees what the method reads in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[tuple[Mask | BlockLayout, int, int, int]] = []
+
+    def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
+        """Note where the call looks, then time it."""
+        where = call.mask if call.layout is None else call.layout.under(call.mask)
+        self.read.append((where, call.n, call.m, call.layer))
+        return super().attend(call, inner)
+
+
+class Meter:
+    """Patches a model with a method between two clocks.
+
+    Attributes:
+        read: what every attention call below the method looked at, until :meth:`reset`.
+    """
+
+    def __init__(self) -> None:
+        self._top, self._bottom = _Clock(), _Bottom()
+
+    @contextmanager
+    def on(self, model: Any, how: Mask | Selector | Method) -> Iterator[None]:
+        """Patch the model for the length of a ``with`` block."""
+        # The last patch entered is the first to be asked.
+        with patch(model, self._bottom), patch(model, how), patch(model, self._top):
+            yield
+
+    def reset(self) -> None:
+        """Forget seconds and calls."""
+        self._top.seconds = self._bottom.seconds = 0.0
+        self._bottom.read.clear()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in attention, choosing included."""
+        return self._top.seconds
+
+    @property
+    def choosing(self) -> float:
+        """Seconds in the method itself: choosing, merging, moving keys about."""
+        return self._top.seconds - self._bottom.seconds
+
+    def share(self, *, listed: bool) -> float:
+        """Pairs read over the pairs of dense causal attention, all calls since :meth:`reset`.
+
+        Several calls of one layer are partitions of the keys and add up.
+
+        Args:
+            listed: count whole blocks as a block-sparse backend computes them, instead of the
+                allowed pairs alone.
+        """
+        known: dict[tuple[Mask, int, int], float] = {}
+        total, layers = 0.0, {layer for *_, layer in self._bottom.read}
+        # Grouped or pooled keys may be fewer than the tokens: the queries' own count is the measure.
+        n = max((n for _, n, _, _ in self._bottom.read), default=0)
+        for where, rows, keys, _ in self._bottom.read:
+            if isinstance(where, Causal):
+                total += rows * keys - rows * (rows - 1) / 2
+            elif isinstance(where, BlockLayout):
+                total += _pairs(where, listed)
+            elif where.constant:
+                at = (where, rows, keys)
+                if at not in known:
+                    known[at] = _pairs(where.layout(rows, keys, _BLOCK), listed)
+                total += known[at]
+            else:
+                total += _pairs(where.layout(rows, keys, _BLOCK), listed)
+        return total / (len(layers) * n * (n + 1) / 2) if total else 0.0
+
+
+def _pairs(layout: BlockLayout, listed: bool) -> float:
+    """Pairs of one head of one batch entry, on average."""
+    count = layout.listed_pairs() if listed else layout.allowed_pairs()
+    return count / (layout.index.shape[0] * layout.index.shape[1])

@@ -1,0 +1,46 @@
+"""A selector as a method: sparse attention chosen from the content, in a running model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..core.select import Selector
+from .calls import AttentionCall
+from .method import Inner, Method
+
+
+class SelectMethod(Method):
+    """Attends only to the key blocks that a selector chooses, in every patched layer.
+
+    ``regard.patch(model, selector)`` makes one by itself. The selector's state lives with the KV
+    cache, one for each layer.
+
+    Args:
+        selector: see :class:`~regard.core.select.Selector`.
+        prefill: whether it chooses where several tokens are read at once.
+        decode: whether it chooses where one token follows a cache.
+    """
+
+    def __init__(self, selector: Selector, *, prefill: bool = True, decode: bool = True) -> None:
+        if not isinstance(selector, Selector):
+            raise ValueError(
+                f"SelectMethod: expected a Selector, got {type(selector).__name__}: {selector!r}"
+            )
+        if not (prefill or decode):
+            raise ValueError("SelectMethod: prefill and decode are both False: nothing to do")
+        self.selector, self.prefill, self.decode = selector, prefill, decode
+
+    def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
+        """Choose, then attend."""
+        if not (self.decode if call.n == 1 and call.decoding else self.prefill):
+            return inner(call)
+        if call.layout is not None:
+            raise ValueError(
+                f"patch: {self.selector!r} would choose key blocks in layer {call.layer}, but "
+                "another method has chosen already; patch one of them at a time"
+            )
+        store = call.cache_store
+        if call.layer not in store:
+            store[call.layer] = self.selector.new_state()
+        layout = self.selector.select(call.q, call.k, mask=call.mask, state=store[call.layer])
+        return inner(call.replace(layout=layout))

@@ -1,0 +1,1 @@
+"""Papers that choose from the content where to attend: one file a paper."""
