@@ -152,7 +152,8 @@ def chosen_layout(
     index, width = pack_lists(line, key, bl * hl * nq)
     index = index.view(bl, hl, nq, width)
     plain = torch.zeros_like(index, dtype=torch.bool)
-    layout = BlockLayout(n, m, bq, bk, index, plain, None, perm_q, perm_k)
+    # One short query block, as in decoding, is not computed as a whole one.
+    layout = BlockLayout(n, m, max(1, min(bq, n)), bk, index, plain, None, perm_q, perm_k)
     return layout.under(Causal() if mask is None else mask)
 
 

@@ -71,11 +71,26 @@ class GatheredTiles:
         if self.copies > 1:
             k, v = k.repeat_interleave(self.copies, 1), v.repeat_interleave(self.copies, 1)
         bq, bk = layout.block
+        self.by_token = self._few()
         self.q = _as_blocks(_permute(q, layout.perm_q), bq, self.group)
-        self.k = _as_blocks(_permute(k, layout.perm_k), bk).flatten(1)
-        self.v = _as_blocks(_permute(v, layout.perm_k), bk).flatten(1)
+        if self.by_token:
+            self.k, self.v = k.reshape(-1, self.d), v.reshape(-1, self.dv_width)
+        else:
+            self.k = _as_blocks(_permute(k, layout.perm_k), bk).flatten(1)
+            self.v = _as_blocks(_permute(v, layout.perm_k), bk).flatten(1)
         self.out = v.new_zeros(len(self.q), self.group * bq, v.shape[3])
         self.lse = q.new_full((len(self.q), self.group * bq), float("-inf"))
+
+    def _few(self) -> bool:
+        """Whether the call reads less than the copy would that makes whole blocks of the keys.
+
+        As in decoding over a cache that no block divides: single keys are gathered then.
+        """
+        layout = self.layout
+        if layout.perm_k is not None or self.m % layout.block_k == 0:
+            return False
+        read = int(layout.counts.expand(self.b, self.units, -1).sum()) * layout.block_k
+        return 2 * read <= self.b * self.hkv * self.m
 
     def __iter__(self) -> Iterator[GatheredTile]:
         layout = self.layout
@@ -110,6 +125,9 @@ class GatheredTiles:
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         layout = self.layout
         dq = _from_blocks(self.dq, self.b, self.units, self.group, self.n, layout.block_q)
+        if self.by_token:
+            dk, dv = (x.view(self.b, self.hkv, self.m, -1) for x in (self.dk, self.dv))
+            return dq, dk, dv
         sides = []
         for x, width in ((self.dk, self.d), (self.dv, self.dv_width)):
             x = x.view(-1, layout.block_k, width)
@@ -134,7 +152,13 @@ class Units:
         self.blocks = layout.index[self.lb, self.lh, self.row, :size]
         key_heads = tiles.hkv * tiles.copies
         key_line = self.batch * key_heads + self.head // (tiles.units // key_heads)
-        self.address = key_line[:, None] * layout.key_blocks + self.blocks
+        if tiles.by_token:
+            # Slots past the end read the last key, and are masked.
+            slot = torch.arange(layout.block_k, device=unit.device)
+            at = (self.blocks[..., None] * layout.block_k + slot).clamp(max=tiles.m - 1)
+            self.address = key_line[:, None] * tiles.m + at.flatten(1)
+        else:
+            self.address = key_line[:, None] * layout.key_blocks + self.blocks
         flags = layout.partial[self.lb, self.lh, self.row, :size]
         if layout.mask is None:
             flags = torch.zeros_like(flags)
