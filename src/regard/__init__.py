@@ -15,6 +15,8 @@ _HOME = {
     "attention_stats": "regard.core.stats",
     "attend_packed": "regard.core.varlen",
     "merge": "regard.core.merge",
+    "recur": "regard.core.recur",
+    "recur_packed": "regard.core.recur_packed",
     "BlockLayout": "regard.core.layout",
     **dict.fromkeys(
         (
@@ -65,6 +67,8 @@ if TYPE_CHECKING:
     from .core.masks import SlidingWindow as SlidingWindow
     from .core.masks import Strided as Strided
     from .core.merge import merge as merge
+    from .core.recur import recur as recur
+    from .core.recur_packed import recur_packed as recur_packed
     from .core.stats import attention_stats as attention_stats
     from .core.varlen import attend_packed as attend_packed
     from .models import patch as patch
