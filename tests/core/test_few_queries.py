@@ -19,6 +19,11 @@ def test_few_queries_over_a_cache_that_no_block_divides(heads, kv, lists, dtype)
     assert GatheredTiles(q, k, v, layout).by_token
     out, lse = attend(q, k, v, layout=layout, backend="blocks", return_lse=True)
     expected = attend(q, k, v, layout=layout, backend="reference", return_lse=True)
+    # The same keys as slices of a larger cache, and with the heads inside, as some models hold them.
+    room = [torch.cat([x, torch.full_like(x, torch.nan)], 2)[:, :, :m] for x in (k, v)]
+    inside = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    for keys, values in (room, inside):
+        assert torch.equal(attend(q, keys, values, layout=layout, backend="blocks"), out)
     # bfloat16 scores are made in float32 by both.
     close = (
         {"atol": 2e-2, "rtol": 2e-2} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}

@@ -53,6 +53,22 @@ def _wide(perm: Tensor, x: Tensor) -> Tensor:
     return perm.unsqueeze(-1).expand(x.shape)
 
 
+def _token_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Single tokens of ``x`` (B, H, L, D) as rows, and the first row of each of its B * H lines.
+
+    A slice of a larger cache is read where it lies: copying it would cost more than the attention.
+    """
+    b, h, length, d = x.shape
+    over_b, over_h, over_l, inner = x.stride()
+    if inner != 1 or over_l != d or over_h % d or over_b % d:
+        x = x.contiguous()
+        over_b, over_h = h * length * d, length * d
+    batch, head = (torch.arange(size, device=x.device) for size in (b, h))
+    start = (batch[:, None] * (over_b // d) + head * (over_h // d)).flatten()
+    rows = (b - 1) * (over_b // d) + (h - 1) * (over_h // d) + length
+    return x.as_strided((rows, d), (d, 1)), start
+
+
 class GatheredTiles:
     """Iterates over groups of units with equally many key blocks."""
 
@@ -73,8 +89,10 @@ class GatheredTiles:
         bq, bk = layout.block
         self.by_token = self._few()
         self.q = _as_blocks(_permute(q, layout.perm_q), bq, self.group)
+        self.start_k, self.start_v = None, None
         if self.by_token:
-            self.k, self.v = k.reshape(-1, self.d), v.reshape(-1, self.dv_width)
+            self.k, self.start_k = _token_rows(k)
+            self.v, self.start_v = _token_rows(v)
         else:
             self.k = _as_blocks(_permute(k, layout.perm_k), bk).flatten(1)
             self.v = _as_blocks(_permute(v, layout.perm_k), bk).flatten(1)
@@ -121,6 +139,9 @@ class GatheredTiles:
         lse = _permute(lse.unsqueeze(-1), perm)
         self.lse = _as_blocks(lse, side, self.group, fill=float("inf"))
         self.dq, self.dk, self.dv = (torch.zeros_like(x) for x in (self.q, self.k, self.v))
+        if self.by_token:
+            lines = self.b * self.hkv * self.m
+            self.dk, self.dv = (x.new_zeros(lines, x.shape[1]) for x in (self.k, self.v))
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         layout = self.layout
@@ -156,7 +177,8 @@ class Units:
             # Slots past the end read the last key, and are masked.
             slot = torch.arange(layout.block_k, device=unit.device)
             at = (self.blocks[..., None] * layout.block_k + slot).clamp(max=tiles.m - 1)
-            self.address = key_line[:, None] * tiles.m + at.flatten(1)
+            self.token, self.key_line = at.flatten(1), key_line
+            self.address = key_line[:, None] * tiles.m + self.token
         else:
             self.address = key_line[:, None] * layout.key_blocks + self.blocks
         flags = layout.partial[self.lb, self.lh, self.row, :size]
@@ -190,12 +212,17 @@ class GatheredTile:
         self.address = units.address[first:last].flatten()
         self.scratch = tiles.scratch
         self.q = tiles.q.index_select(0, self.unit)
-        self.k = self._gather("k", tiles.k).view(self.count, -1, tiles.d)
-        self.v = self._gather("v", tiles.v).view(self.count, -1, tiles.dv_width)
+        self.k = self._gather("k", tiles.k, tiles.start_k).view(self.count, -1, tiles.d)
+        self.v = self._gather("v", tiles.v, tiles.start_v).view(self.count, -1, tiles.dv_width)
 
-    def _gather(self, name: str, blocks: Tensor) -> Tensor:
-        out = self.scratch.take(name, (len(self.address), blocks.shape[1]), blocks)
-        return torch.index_select(blocks, 0, self.address, out=out)
+    def _gather(self, name: str, rows: Tensor, start: Tensor | None) -> Tensor:
+        address = self.address
+        if start is not None:
+            cut = slice(self.first, self.last)
+            line = self.units.key_line[cut]
+            address = (start[line][:, None] + self.units.token[cut]).flatten()
+        out = self.scratch.take(name, (len(address), rows.shape[1]), rows)
+        return torch.index_select(rows, 0, address, out=out)
 
     @property
     def may_be_empty(self) -> bool:
