@@ -78,6 +78,20 @@ def test_prefill_or_decoding_alone():
 
 
 @torch.no_grad()
+def test_first_layers_may_stay_dense():
+    model, x = make("llama"), ids(1, 40)
+    with regard.patch(model, SelectMethod(Streaming(2, 4), first=2)):
+        found = model(x).logits
+    with regard.patch(model, Streaming(2, 4), layers=[2, 3]):
+        assert torch.equal(model(x).logits, found)
+    plain = model(x).logits
+    with regard.patch(model, SelectMethod(Streaming(2, 4), first=4)):
+        torch.testing.assert_close(model(x).logits, plain, **TOLERANCE)
+    with pytest.raises(ValueError, match="first must be a layer >= 0, got -1"):
+        SelectMethod(Streaming(), first=-1)
+
+
+@torch.no_grad()
 def test_generate_under_a_selector_is_greedy_decoding_under_it():
     model, x = make("llama"), ids(1, 17)
     with regard.patch(model, BlockTopK(3, 4)):

@@ -171,8 +171,7 @@ def top_tokens(
 
 def _lists(worth: Tensor, allowed: Tensor, keep: int, sinks: int, recent: int) -> Tensor:
     """The best of each row as a list ``(B, Hs, R, K)``: ascending, padded with -1."""
-    runs = worth.shape[-1]
-    if keep < runs:
+    if keep < (runs := worth.shape[-1]):
         seen = narrow(allowed, worth.shape[1])
         level = worth.masked_fill(~seen, -torch.inf)
         if sinks or recent:

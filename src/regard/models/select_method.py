@@ -19,20 +19,31 @@ class SelectMethod(Method):
         selector: see :class:`~regard.core.select.Selector`.
         prefill: whether it chooses where several tokens are read at once.
         decode: whether it chooses where one token follows a cache.
+        first: layers before this one stay dense. The first layers' attention is the most diffuse,
+            and most papers leave it alone.
     """
 
-    def __init__(self, selector: Selector, *, prefill: bool = True, decode: bool = True) -> None:
+    def __init__(
+        self, selector: Selector, *, prefill: bool = True, decode: bool = True, first: int = 0
+    ) -> None:
         if not isinstance(selector, Selector):
             raise ValueError(
                 f"SelectMethod: expected a Selector, got {type(selector).__name__}: {selector!r}"
             )
         if not (prefill or decode):
             raise ValueError("SelectMethod: prefill and decode are both False: nothing to do")
-        self.selector, self.prefill, self.decode = selector, prefill, decode
+        if first < 0:
+            raise ValueError(f"SelectMethod: first must be a layer >= 0, got {first}")
+        self.selector, self.prefill, self.decode, self.first = selector, prefill, decode, first
+
+    def __repr__(self) -> str:
+        layers = f" from layer {self.first} on" if self.first else ""
+        return f"{self.selector!r}{layers}"
 
     def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
         """Choose, then attend."""
-        if not (self.decode if call.n == 1 and call.decoding else self.prefill):
+        wanted = self.decode if call.n == 1 and call.decoding else self.prefill
+        if not wanted or call.layer < self.first:
             return inner(call)
         if call.layout is not None:
             raise ValueError(
