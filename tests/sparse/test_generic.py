@@ -35,7 +35,7 @@ def weights(q, k, mask):
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (1, 19), (20, 20), (7, 30)])
 def test_block_mass_is_the_sum_of_dense_weights(n, m, monkeypatch):
-    monkeypatch.setattr("regard.sparse.generic._STRIP", 64)
+    monkeypatch.setattr("regard.core.token_select._STRIP", 64)
     q, k, _ = tensors(n, m)
     dense = torch.nn.functional.pad(weights(q, k, Causal()), (0, -m % 8, 0, -n % 8))
     expected = dense.unflatten(2, (-1, 8)).unflatten(4, (-1, 8)).sum((3, 5))

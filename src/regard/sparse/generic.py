@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.layout import BlockLayout
@@ -25,9 +24,7 @@ from ..core.select import (
     chosen_layout,
     narrow,
 )
-
-# Scores of one strip of query rows: 32 MB of float32.
-_STRIP = 1 << 23
+from ..core.token_select import key_mass
 
 
 def share_heads(scores: Tensor, kv_heads: int, share: str) -> Tensor:
@@ -48,47 +45,25 @@ def grouped_product(q: Tensor, right: Tensor) -> Tensor:
     return (rows @ right).view(b, h, n, right.shape[-1])
 
 
-def row_mass(q: Tensor, k: Tensor, i: Tensor, block: int, mask: Mask) -> Tensor:
-    """Attention mass of given rows on every key block, ``(B, H, N, nk)``.
-
-    Args:
-        q, k: ``(B, H, N, D)`` and ``(B, Hkv, M, D)``.
-        i: positions of the rows, ``(N,)``.
-        block: keys a block.
-        mask: where a query may look.
-    """
-    b, h, _, d = q.shape
-    m = k.shape[2]
-    head = torch.arange(h, device=q.device).view(1, -1, 1, 1)
-    entry = torch.arange(b, device=q.device).view(-1, 1, 1, 1)
-    scores = grouped_product(q * d**-0.5, k.mT)
-    seen = mask.allows(i[:, None], torch.arange(m, device=q.device), head, entry)
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return F.pad(weights, (0, -m % block)).unflatten(-1, (-1, block)).sum(-1)
-
-
 def block_mass(q: Tensor, k: Tensor, block: int, mask: Mask | None = None) -> Tensor:
     """Exact attention mass of every key block for every query block, ``(B, H, nq, nk)``.
 
-    The weights of the rows of a query block, summed over rows and over the block's keys. They are
-    made in strips of query rows: quadratic time, ``O(N M / block^2)`` memory.
+    The weights of the rows of a query block, summed over rows and over the block's keys, made in
+    strips of rows: quadratic time, ``O(N M / block^2)`` memory.
 
     Args:
         q, k: ``(B, H, N, D)`` and ``(B, Hkv, M, D)``.
         block: tokens a block.
         mask: where a query may look, by default causal.
     """
-    mask = Causal() if mask is None else mask
     b, h, n, _ = q.shape
-    m = k.shape[2]
-    strips = []
-    rows = block * max(1, _STRIP // max(1, b * h * m * block))
-    for first in range(0, n, rows):
-        part = q[:, :, first : first + rows]
-        i = torch.arange(first, first + part.shape[2], device=q.device) + m - n
-        mass = row_mass(part, k, i, block, mask)
-        strips.append(F.pad(mass, (0, 0, 0, -len(i) % block)).unflatten(2, (-1, block)).sum(3))
-    return torch.cat(strips, dim=2) if strips else q.new_zeros(b, h, 0, -(-m // block))
+    out = q.new_zeros(b, h, -(-n // block), -(-k.shape[2] // block))
+    first = 0
+    for mass, _ in key_mass(q, k, mask=mask, block=block):
+        rows = torch.arange(first, first + mass.shape[2], device=q.device) // block
+        out.index_add_(2, rows, mass.to(out.dtype))
+        first += mass.shape[2]
+    return out
 
 
 @dataclass(frozen=True)
@@ -258,10 +233,7 @@ class VerticalSlash(_Blocks):
         i = torch.arange(m - min(n, self.probe), m, device=q.device)
         # Lines of the probed rows: block columns, and block diagonals counted from a row's own block.
         own = (torch.arange(1, nq + 1, device=q.device) * self.block).clamp(max=n) + m - n - 1
-        columns, diagonals = (
-            share_heads(x, k.shape[1], self.share)
-            for x in self._lines(q[:, :, -len(i) :], k, i, mask)
-        )
+        columns, diagonals = self._lines(q, k, i, mask)
         half = self.keep // 2
         column = choose_blocks(columns, columns >= 0, half)
         diagonal = choose_blocks(diagonals, diagonals >= 0, self.keep - half)
@@ -274,8 +246,10 @@ class VerticalSlash(_Blocks):
         return (column | on | forced) & narrow(allowed, on.shape[1])
 
     def _lines(self, q: Tensor, k: Tensor, i: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-        """Mass of the rows ``i`` on every block column and block diagonal, each ``(B, H, 1, nk)``."""
-        mass = row_mass(q, k, i, self.block, mask)
+        """Mass of the last rows, at positions ``i``, on every block column and block diagonal, each
+        ``(B, Hs, 1, nk)``."""
+        strips = key_mass(q, k, mask=mask, block=self.block, share=self.share, rows=len(i))
+        mass = torch.cat([strip for strip, _ in strips], dim=2)
         nk = mass.shape[-1]
         offset = i[:, None] // self.block - torch.arange(nk, device=q.device)
         diagonals = mass.new_zeros(*mass.shape[:2], nk)
