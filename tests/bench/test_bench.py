@@ -14,10 +14,12 @@ from regard.bench import timing
 from regard.bench.meter import Meter
 from regard.bench.methods import KNOWN, method
 from regard.bench.quality import ask, haystack, needles, prefill
+from regard.bench.selecting import Heads
 from regard.bench.tasks import TASKS, suite
 from regard.bench.text import read_text, tokens
 from regard.catalog import catalog
 from regard.core.select import Selector
+from regard.models import Method
 from regard.sparse.generic import BlockTopK
 
 _TINY = {
@@ -73,8 +75,24 @@ def test_text_of_a_user(tmp_path):
         tokens(Words(), read_text(path), 4)
 
 
-@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"full"}))
-def test_methods_are_causal_and_sparse(name):
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_methods_run_in_a_model_and_read_no_more_than_causal_attention(name):
+    how = method(name, 320, Heads(4, 2)).how
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=80, **_TINY)).eval()
+    ids = torch.randint(0, 80, (1, 320), generator=torch.Generator().manual_seed(0))
+    meter = Meter()
+    with meter.on(model, how), torch.no_grad():
+        out = model(ids, use_cache=True)
+        share = meter.share(listed=False)
+        model(ids[:, :1], past_key_values=out.past_key_values)
+    assert out.logits.isfinite().all()
+    assert share is None or 0.0 < share <= 1.0
+
+
+@pytest.mark.parametrize(
+    "name", sorted(x for x in KNOWN if x != "full" and not isinstance(method(x, 512).how, Method))
+)
+def test_masks_and_selectors_are_causal_and_sparse(name):
     how = method(name, 512).how
     if isinstance(how, Selector):
         generator = torch.Generator().manual_seed(0)

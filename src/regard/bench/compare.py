@@ -289,7 +289,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['ppl_change']:+.1%}",
         f"{row['agreement']:.1%}",
         "".join("●" if hit else "○" for hit in row["needle"].values()),
-        f"{row['density']:.1%}",
+        "" if row["density"] is None else f"{row['density']:.1%}",
         f"{row['prefill_s']:.1f} s",
         f"{row['attention_s']:.2f} s",
         f"{row['choosing_s']:.2f} s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,9 +26,11 @@ class _Clock(Method):
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.rows: Counter[int] = Counter()
 
     def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
-        """Time the rest of the stack."""
+        """Time the rest of the stack, and count its rows by layer."""
+        self.rows[call.layer] += call.n
         synchronise(call.q.device)
         start = time.perf_counter()
         out = inner(call)
@@ -41,21 +44,17 @@ class _Bottom(_Clock):
 
     def __init__(self) -> None:
         super().__init__()
-        self.read: list[tuple[Mask | BlockLayout, int, int, int]] = []
+        self.read: list[tuple[Mask | BlockLayout, int, int]] = []
 
     def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
         """Note where the call looks, then time it."""
         where = call.mask if call.layout is None else call.layout.under(call.mask)
-        self.read.append((where, call.n, call.m, call.layer))
+        self.read.append((where, call.n, call.m))
         return super().attend(call, inner)
 
 
 class Meter:
-    """Patches a model with a method between two clocks.
-
-    Attributes:
-        read: what every attention call below the method looked at, until :meth:`reset`.
-    """
+    """Patches a model with a method between two clocks."""
 
     def __init__(self) -> None:
         self._top, self._bottom = _Clock(), _Bottom()
@@ -69,7 +68,9 @@ class Meter:
 
     def reset(self) -> None:
         """Forget seconds and calls."""
-        self._top.seconds = self._bottom.seconds = 0.0
+        for clock in (self._top, self._bottom):
+            clock.seconds = 0.0
+            clock.rows.clear()
         self._bottom.read.clear()
 
     @property
@@ -82,32 +83,34 @@ class Meter:
         """Seconds in the method itself: choosing, merging, moving keys about."""
         return self._top.seconds - self._bottom.seconds
 
-    def share(self, *, listed: bool) -> float:
+    def share(self, *, listed: bool) -> float | None:
         """Pairs read over the pairs of dense causal attention, all calls since :meth:`reset`.
 
-        Several calls of one layer are partitions of the keys and add up.
+        Several calls of one layer are partitions of the keys and add up. ``None`` where a method
+        computed rows in its own way, so that what they read is not known.
 
         Args:
             listed: count whole blocks as a block-sparse backend computes them, instead of the
                 allowed pairs alone.
         """
+        rows = self._top.rows
+        if not rows or any(self._bottom.rows[layer] < n for layer, n in rows.items()):
+            return None
         known: dict[tuple[Mask, int, int], float] = {}
-        total, layers = 0.0, {layer for *_, layer in self._bottom.read}
-        # Grouped or pooled keys may be fewer than the tokens: the queries' own count is the measure.
-        n = max((n for _, n, _, _ in self._bottom.read), default=0)
-        for where, rows, keys, _ in self._bottom.read:
+        total = 0.0
+        for where, n, keys in self._bottom.read:
             if isinstance(where, Causal):
-                total += rows * keys - rows * (rows - 1) / 2
+                total += n * keys - n * (n - 1) / 2
             elif isinstance(where, BlockLayout):
                 total += _pairs(where, listed)
             elif where.constant:
-                at = (where, rows, keys)
+                at = (where, n, keys)
                 if at not in known:
-                    known[at] = _pairs(where.layout(rows, keys, _BLOCK), listed)
+                    known[at] = _pairs(where.layout(n, keys, _BLOCK), listed)
                 total += known[at]
             else:
-                total += _pairs(where.layout(rows, keys, _BLOCK), listed)
-        return total / (len(layers) * n * (n + 1) / 2) if total else 0.0
+                total += _pairs(where.layout(n, keys, _BLOCK), listed)
+        return total / sum(n * (n + 1) / 2 for n in rows.values())
 
 
 def _pairs(layout: BlockLayout, listed: bool) -> float:

@@ -12,7 +12,11 @@ from typing import TypeAlias
 from ..core.masks import Mask
 from ..core.select import Selector
 from ..models.method import Method
+from ..sparse.cca_method import CCA
 from ..sparse.generic import BlockTopK, ExactTopK, VerticalSlash
+from ..sparse.hip import HiP
+from ..sparse.longheads import LongHeads
+from ..sparse.tidaldecode import TidalDecode
 
 How: TypeAlias = Mask | Selector | Method
 
@@ -49,26 +53,49 @@ class Kind:
 
 
 def _budget(length: int) -> int:
-    return max(4 * _BLOCK, length // 5)
+    """Keys a query that make a quarter of the pairs of causal attention."""
+    return max(4 * _BLOCK, round(length * 0.134))
 
 
 def _blocks(keys: int) -> int:
     return max(1, keys // _BLOCK)
 
 
+def _hip(keys: int) -> Selector:
+    window = min(128, keys // 4)
+    return HiP(max(2, (keys - window) // 2 * 2), window=window)
+
+
+def _longheads(keys: int) -> Method:
+    # At least four chunks, of the paper's 256 tokens where there is room for it.
+    chunk = min(256, max(1, keys // 16))
+    length = max(4, keys // chunk) * chunk
+    return LongHeads(window=chunk, length=length, start=length)
+
+
+_IN_BLOCKS = "keys a query reads, in blocks of 64"
 SELECTING: dict[str, Kind] = {
-    "exact-topk": Kind(
-        "keys, in blocks of 64", _budget, lambda keys, heads: ExactTopK(_blocks(keys), _BLOCK)
-    ),
-    "mean-topk": Kind(
-        "keys, in blocks of 64", _budget, lambda keys, heads: BlockTopK(_blocks(keys), _BLOCK)
-    ),
+    "exact-topk": Kind(_IN_BLOCKS, _budget, lambda keys, heads: ExactTopK(_blocks(keys), _BLOCK)),
+    "mean-topk": Kind(_IN_BLOCKS, _budget, lambda keys, heads: BlockTopK(_blocks(keys), _BLOCK)),
     "bounds-topk": Kind(
-        "keys, in blocks of 64",
+        _IN_BLOCKS,
         _budget,
         lambda keys, heads: BlockTopK(_blocks(keys), _BLOCK, summary="bounds"),
     ),
     "vertical-slash": Kind(
-        "keys, in blocks of 64", _budget, lambda keys, heads: VerticalSlash(_blocks(keys), _BLOCK)
+        _IN_BLOCKS, _budget, lambda keys, heads: VerticalSlash(_blocks(keys), _BLOCK)
+    ),
+    "hip": Kind("keys a query reads, 128 of them its window", _budget, lambda keys, _: _hip(keys)),
+    "longheads": Kind("keys a query reads", _budget, lambda keys, heads: _longheads(keys)),
+    "cca": Kind(
+        "keys in the window, besides one core token for 16 older keys",
+        _budget,
+        lambda keys, heads: CCA(16, keys),
+    ),
+    # What serves SmolLM2 best of the options that its benchmark tries.
+    "tidaldecode": Kind(
+        "keys a layer shares in decoding; prefill is dense",
+        _budget,
+        lambda keys, heads: TidalDecode(keys, correct=(9, 16, 23), share="all", own=True),
     ),
 }

@@ -45,7 +45,9 @@ def grouped_product(q: Tensor, right: Tensor) -> Tensor:
     return (rows @ right).view(b, h, n, right.shape[-1])
 
 
-def block_mass(q: Tensor, k: Tensor, block: int, mask: Mask | None = None) -> Tensor:
+def block_mass(
+    q: Tensor, k: Tensor, block: int | tuple[int, int], mask: Mask | None = None
+) -> Tensor:
     """Exact attention mass of every key block for every query block, ``(B, H, nq, nk)``.
 
     The weights of the rows of a query block, summed over rows and over the block's keys, made in
@@ -53,14 +55,15 @@ def block_mass(q: Tensor, k: Tensor, block: int, mask: Mask | None = None) -> Te
 
     Args:
         q, k: ``(B, H, N, D)`` and ``(B, Hkv, M, D)``.
-        block: tokens a block.
+        block: tokens a block, or queries and keys a block.
         mask: where a query may look, by default causal.
     """
     b, h, n, _ = q.shape
-    out = q.new_zeros(b, h, -(-n // block), -(-k.shape[2] // block))
+    side, block = (block, block) if isinstance(block, int) else block
+    out = q.new_zeros(b, h, -(-n // side), -(-k.shape[2] // block))
     first = 0
     for mass, _ in key_mass(q, k, mask=mask, block=block):
-        rows = torch.arange(first, first + mass.shape[2], device=q.device) // block
+        rows = torch.arange(first, first + mass.shape[2], device=q.device) // side
         out.index_add_(2, rows, mass.to(out.dtype))
         first += mass.shape[2]
     return out
@@ -72,20 +75,24 @@ class _Blocks(Selector):
 
     Attributes:
         keep: key blocks a query block, forced ones included.
-        block: tokens a block.
+        block: keys a block.
+        block_q: queries that share a choice, by default as many as keys in a block.
         sinks, recent: first and last blocks that are always read.
         share: heads that share a choice: ``"kv"`` (those of a key head), ``"head"`` (none), ``"all"``.
     """
 
     keep: int = 16
     block: int = 64
+    block_q: int | None = field(default=None, kw_only=True)
     sinks: int = field(default=1, kw_only=True)
     recent: int = field(default=2, kw_only=True)
     share: str = field(default="kv", kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("keep", "block"):
+        for name in ("keep", "block", "block_q"):
             value = getattr(self, name)
+            if value is None and name == "block_q":
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(
                     f"{type(self).__name__}: {name} must be an integer >= 1, got {value!r}"
@@ -100,6 +107,11 @@ class _Blocks(Selector):
                 f"{type(self).__name__}: share must be 'kv', 'head' or 'all', got {self.share!r}"
             )
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Queries and keys a block."""
+        return self.block if self.block_q is None else self.block_q, self.block
+
     def scores(
         self, q: Tensor, k: Tensor, allowed: Tensor, mask: Mask, state: Summaries | None
     ) -> Tensor:
@@ -112,8 +124,8 @@ class _Blocks(Selector):
         """The best ``keep`` blocks of every query block; see :class:`~regard.core.select.Selector`."""
         mask = Causal() if mask is None else mask
         n, m = q.shape[2], k.shape[2]
-        allowed = block_allowed(mask, n, m, self.block, q.device)
-        return chosen_layout(self.chosen(q, k, mask, state, allowed), n, m, self.block, mask)
+        allowed = block_allowed(mask, n, m, self.sides, q.device)
+        return chosen_layout(self.chosen(q, k, mask, state, allowed), n, m, self.sides, mask)
 
     def chosen(
         self, q: Tensor, k: Tensor, mask: Mask, state: Summaries | None, allowed: Tensor
@@ -134,7 +146,7 @@ class ExactTopK(_Blocks):
         self, q: Tensor, k: Tensor, allowed: Tensor, mask: Mask, state: Summaries | None
     ) -> Tensor:
         """The true mass of the blocks."""
-        return block_mass(q, k, self.block, mask)
+        return block_mass(q, k, self.sides, mask)
 
 
 def _pool_rows(q: Tensor, block: int) -> Tensor:
@@ -182,7 +194,7 @@ class BlockTopK(_Blocks):
         """Products of pooled queries and summaries, as shares of one softmax a row, so that heads
         of different temper can be added up."""
         keys = (self.new_state() if state is None else state).update(k)
-        pooled = _pool_rows(q, self.block) * q.shape[-1] ** -0.5
+        pooled = _pool_rows(q, self.sides[0]) * q.shape[-1] ** -0.5
         if self.summary == "bounds":
             pooled = torch.cat([pooled.clamp(max=0), pooled.clamp(min=0)], dim=-1)
         raw = grouped_product(pooled, keys.mT)
@@ -232,7 +244,7 @@ class VerticalSlash(_Blocks):
         at = torch.arange(nk, device=q.device)
         i = torch.arange(m - min(n, self.probe), m, device=q.device)
         # Lines of the probed rows: block columns, and block diagonals counted from a row's own block.
-        own = (torch.arange(1, nq + 1, device=q.device) * self.block).clamp(max=n) + m - n - 1
+        own = (torch.arange(1, nq + 1, device=q.device) * self.sides[0]).clamp(max=n) + m - n - 1
         columns, diagonals = self._lines(q, k, i, mask)
         half = self.keep // 2
         column = choose_blocks(columns, columns >= 0, half)
