@@ -124,6 +124,13 @@ def test_repr_can_be_pasted_back():
         assert torch.equal(again.dense(n, m), mask.dense(n, m))
 
 
+def test_a_mask_for_an_empty_batch():
+    mask = Dense(torch.zeros(0, 1, 5, 5, dtype=torch.bool))
+    assert mask.dense(5).shape == (0, 1, 5, 5)
+    assert mask.layout(5, 5, 4).index.shape[:3] == (0, 1, 2)
+    assert (Causal() & mask).layout(5, 5, 4).under(mask).index.shape[:3] == (0, 1, 2)
+
+
 def test_heads_and_batch():
     mask = PerHead([Causal(), SlidingWindow(1, 1), Sinks(2)])
     assert (mask.heads, mask.batch) == (3, None)

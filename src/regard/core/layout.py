@@ -183,7 +183,8 @@ class BlockLayout:
             return self
         joint = mask if self.mask is None else self.mask & mask
         index = self.index
-        shape = (joint.batch or index.shape[0], joint.heads or index.shape[1], *index.shape[2:])
+        sizes = zip((joint.batch, joint.heads), index.shape, strict=False)
+        shape = (*(have if own is None else own for own, have in sizes), *index.shape[2:])
         for what, have, want in zip(("batch", "heads"), index.shape, shape, strict=False):
             if have not in (1, want):
                 raise ValueError(f"layout: made for {what}={have}, but its mask for {want}")
@@ -330,7 +331,7 @@ def build_layout(
     """The layout of a mask, made in strips of query blocks: see :meth:`Mask.layout`."""
     bq, bk = (block, block) if isinstance(block, int) else block
     nq, nk = -(-n // bq), -(-m // bk)
-    hl, bl = mask.heads or 1, mask.batch or 1
+    hl, bl = (1 if x is None else x for x in (mask.heads, mask.batch))
     h, b = head_batch_index(mask, device)
     i0 = torch.arange(nq, device=device)[:, None] * bq
     i1 = (i0 + bq).clamp(max=n) - 1

@@ -90,7 +90,8 @@ class Mask:
         j = torch.arange(m, device=device)[None, :]
         h, b = head_batch_index(self, device)
         out = self.allows(i, j, h, b)
-        shape = (self.batch or 1, self.heads or 1, n, m)
+        batch, heads = (1 if x is None else x for x in (self.batch, self.heads))
+        shape = (batch, heads, n, m)
         out = out.expand(shape)
         if self.batch is None:
             out = out[0]

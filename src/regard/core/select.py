@@ -63,7 +63,8 @@ def block_allowed(
     j0 = torch.arange(nk, device=device)[None, :] * bk
     j1 = (j0 + bk).clamp(max=m) - 1
     some: Tensor = mask.tile(i0, i1, j0, j1, h, b)[0]
-    return some.expand(mask.batch or 1, mask.heads or 1, nq, nk)
+    batch, heads = (1 if x is None else x for x in (mask.batch, mask.heads))
+    return some.expand(batch, heads, nq, nk)
 
 
 def narrow(allowed: Tensor, heads: int) -> Tensor:
