@@ -271,6 +271,8 @@ def fake() -> dict[str, Any]:
             "prefill_s": 9.25,
             "prefill_tok_s": 7.0,
             "attention_s": 2.0,
+            "choosing_s": 0.5,
+            "tasks": {"passkey": 1.0, EVIL: 0.25},
             "attention_speedup": 1.9,
             "decode_tok_s": None if method == "chosen" else 21.3,
             "peak_mb": 1911.2,

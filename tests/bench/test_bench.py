@@ -196,7 +196,7 @@ def test_compare_with_selectors_and_tasks(tiny):
 
     from regard.bench import compare
 
-    methods = ("mean-topk:256", "exact-topk:256", "streaming:252", "mean-topk:2048")
+    methods = ("mean-topk:256", "exact-topk:256", "streaming:252", "mean-topk:2048", "longheads:64")
     result = compare.run(model=str(tiny), length=1600, methods=methods, tasks=True)
     rows = {row["method"]: row for row in result["rows"]}
     assert set(rows["full"]["tasks"]) == set(TASKS)
@@ -209,6 +209,9 @@ def test_compare_with_selectors_and_tasks(tiny):
     assert rows["mean-topk:2048"]["density"] == 1.0
     assert rows["mean-topk:2048"]["ppl"] == pytest.approx(rows["full"]["ppl"], rel=1e-5)
     assert rows["exact-topk:256"]["choosing_s"] > 0
+    # Chunks at positions of their own: neither pairs nor distances can be told.
+    assert rows["longheads:64"]["density"] is None
+    assert set(result["attention"]) == set(rows) - {"longheads:64"}
     console = Console(width=200, record=True)
     console.print(compare.table(result))
     assert "passkey" in console.export_text()

@@ -7,7 +7,7 @@ import torch
 
 import regard
 from regard import Causal, Full
-from regard.models import SelectMethod, StatsProbe
+from regard.models import Method, SelectMethod, StatsProbe, fork
 from regard.sparse.generic import BlockTopK, ExactTopK, Streaming, VerticalSlash
 
 from .tiny import ids, left_padding, make
@@ -103,6 +103,27 @@ def test_generate_under_a_selector_is_greedy_decoding_under_it():
             cache = out.past_key_values
             grown = torch.cat([grown, out.logits[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(found, grown)
+
+
+@torch.no_grad()
+def test_a_forked_cache_goes_on_with_what_was_kept():
+    model, x = make("llama"), ids(1, 40)
+
+    class Counts(Method):
+        def attend(self, call, inner):
+            call.cache_store["rows"] = call.cache_store.get("rows", 0) + call.n
+            seen.append(call.cache_store["rows"])
+            return inner(call)
+
+    seen = []
+    with regard.patch(model, Counts(), layers=[0]):
+        cache = model(x[:, :30], use_cache=True).past_key_values
+        branch = fork(model, cache)
+        first = model(x[:, 30:31], past_key_values=branch).logits
+        again = model(x[:, 30:31], past_key_values=cache).logits
+        model(x[:, 31:32], past_key_values=branch)
+    assert seen == [30, 31, 31, 32] and torch.equal(first, again)
+    assert cache.get_seq_length() == 31 and branch.get_seq_length() == 32
 
 
 @torch.no_grad()

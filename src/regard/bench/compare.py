@@ -69,9 +69,10 @@ def run(
         progress: called with (words, steps done, steps in all).
 
     Returns:
-        A dict of plain numbers: ``rows`` (one a method), ``attention`` (where it went), ``machine``
-        and what was read. Perplexity change and agreement are against ``full``; densities and bounds
-        count pairs against dense causal attention; ``unpatched_ppl`` is the model without regard.
+        A dict of plain numbers: ``rows`` (one a method), ``attention`` (where it went, without the
+        methods that compute it in their own way), ``machine`` and what was read. Perplexity change
+        and agreement are against ``full``; densities and bounds count pairs against dense causal
+        attention; ``unpatched_ppl`` is the model without regard.
 
     Raises:
         ValueError: an unknown method, a text too short, or a length beyond the model's positions.
@@ -113,14 +114,15 @@ def run(
     attention: dict[str, Any] = {}
     dense: Prediction | None = None
     for one in chosen:
-        row, seen = _measure(job, one, say)
+        row, seen, placed = _measure(job, one, say)
         dense = seen if dense is None else dense
         row["ppl_change"] = row["ppl"] / dense.perplexity - 1.0
         row["agreement"] = (seen.best == dense.best).double().mean().item()
         row["attention_speedup"] = (rows[0] if rows else row)["attention_s"] / row["attention_s"]
         rows.append(row)
         say(f"{one.name}: where attention goes")
-        attention[one.name] = _where(job, one)
+        if placed:
+            attention[one.name] = _where(job, one)
     say("done")
     return {
         "model": model,
@@ -150,7 +152,7 @@ class _Steps:
         self.done += 1
 
 
-def _measure(job: _Job, one: Named, say: _Steps) -> tuple[dict[str, Any], Prediction]:
+def _measure(job: _Job, one: Named, say: _Steps) -> tuple[dict[str, Any], Prediction, bool]:
     model, n = job.model, job.ids.shape[1]
     say(f"{one.name}: perplexity and speed")
     meter = Meter()
@@ -163,7 +165,7 @@ def _measure(job: _Job, one: Named, say: _Steps) -> tuple[dict[str, Any], Predic
             spent, choosing = meter.seconds, meter.choosing
             seen = predict(model, states, job.ids)
         del states
-        density, listed = meter.share(listed=False), meter.share(listed=True)
+        density, listed, plain = meter.share(listed=False), meter.share(listed=True), meter.plain
         decode = _decode_speed(model, cache, job.ids)
         del cache
         say(f"{one.name}: needles")
@@ -190,7 +192,7 @@ def _measure(job: _Job, one: Named, say: _Steps) -> tuple[dict[str, Any], Predic
         "decode_tok_s": decode,
         "peak_mb": None if memory.peak is None else memory.peak / 1e6,
     }
-    return row, seen
+    return row, seen, plain
 
 
 def _tasks(job: _Job, one: Named, say: _Steps) -> dict[str, float] | None:

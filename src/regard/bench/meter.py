@@ -26,11 +26,19 @@ class _Clock(Method):
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.rows: Counter[int] = Counter()
+        self.calls: Counter[tuple[int, int, int]] = Counter()
+
+    @property
+    def rows(self) -> Counter[int]:
+        """Query rows by layer."""
+        found: Counter[int] = Counter()
+        for (layer, n, _), times in self.calls.items():
+            found[layer] += n * times
+        return found
 
     def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
-        """Time the rest of the stack, and count its rows by layer."""
-        self.rows[call.layer] += call.n
+        """Time the rest of the stack, and count the call."""
+        self.calls[call.layer, call.n, call.m] += 1
         synchronise(call.q.device)
         start = time.perf_counter()
         out = inner(call)
@@ -70,7 +78,7 @@ class Meter:
         """Forget seconds and calls."""
         for clock in (self._top, self._bottom):
             clock.seconds = 0.0
-            clock.rows.clear()
+            clock.calls.clear()
         self._bottom.read.clear()
 
     @property
@@ -83,6 +91,12 @@ class Meter:
         """Seconds in the method itself: choosing, merging, moving keys about."""
         return self._top.seconds - self._bottom.seconds
 
+    @property
+    def plain(self) -> bool:
+        """Whether every call reached the bottom once, with all its rows and the model's own keys, so
+        that statistics of positions mean what they say."""
+        return self._top.calls == self._bottom.calls
+
     def share(self, *, listed: bool) -> float | None:
         """Pairs read over the pairs of dense causal attention, all calls since :meth:`reset`.
 
@@ -93,8 +107,8 @@ class Meter:
             listed: count whole blocks as a block-sparse backend computes them, instead of the
                 allowed pairs alone.
         """
-        rows = self._top.rows
-        if not rows or any(self._bottom.rows[layer] < n for layer, n in rows.items()):
+        rows, reached = self._top.rows, self._bottom.rows
+        if not rows or any(reached[layer] < n for layer, n in rows.items()):
             return None
         known: dict[tuple[Mask, int, int], float] = {}
         total = 0.0

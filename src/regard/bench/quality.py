@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 import re
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..models import fork
 
 # Tokens whose logits exist at once: 50 MB for a vocabulary of 50,000.
 _CHUNK = 256
@@ -127,22 +128,14 @@ def ask(model: Any, tokenizer: Any, cache: Any, question: str, answer: str) -> b
     """
     ids = tokenizer(question, add_special_tokens=False, return_tensors="pt")["input_ids"]
     wanted = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    length = cache.get_seq_length()
-    # Layers that forget old tokens cannot be cut back.
-    cut = not any(cache.is_sliding)
-    if not cut:
-        cache = copy.deepcopy(cache)
-    right = True
+    cache = fork(model, cache)
     for token in wanted:
         with torch.no_grad():
             out = model.base_model(
                 input_ids=ids.to(model.device), past_key_values=cache, use_cache=True
             )
         best = int(logits(model, out.last_hidden_state[:, -1:])[0, -1].argmax())
-        right = best == token
-        if not right:
-            break
+        if best != token:
+            return False
         ids = torch.tensor([[token]])
-    if cut:
-        cache.crop(length - cache.get_seq_length())
-    return right
+    return True

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .edit import Site as Site
     from .method import Method as Method
     from .method import Probe as Probe
+    from .patching import fork as fork
     from .patching import patch as patch
     from .patching import watch as watch
     from .select_method import SelectMethod as SelectMethod
@@ -36,6 +37,7 @@ _WHERE = {
     "SiteProbe": "site_probe",
     "Spans": "spans",
     "StatsProbe": "stats_probe",
+    "fork": "patching",
     "patch": "patching",
     "watch": "patching",
 }

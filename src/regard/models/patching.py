@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
+from transformers import Cache
 
 from ..core.masks import Mask
 from ..core.select import Selector
@@ -112,6 +113,19 @@ def watch(
             raise ValueError(f"watch: {type(probe).__name__} is no probe: it has no result()")
     with _on(model, [(None, probe) for probe in probes], layers, spans):
         yield Seen(probes)
+
+
+def fork(model: nn.Module, cache: Cache) -> Cache:
+    """A copy of a KV cache that goes on from the same point, as for several answers to one prompt.
+
+    What patched methods have kept with the cache is copied too, which ``copy.deepcopy`` of the cache
+    alone would lose. Call it inside the ``with`` block of the patch.
+
+    Args:
+        model: the model that filled the cache.
+        cache: a transformers cache; it is left as it is.
+    """
+    return engine_of(model).tracker.fork(cache)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -90,6 +91,14 @@ class Tracker:
                 "before the KV cache is filled"
             )
         return known[:, known.shape[1] - m :]
+
+    def fork(self, cache: Cache) -> Cache:
+        """A copy of a cache, together with what methods have kept with it."""
+        copy = deepcopy(cache)
+        record = self._caches.get(cache)
+        if record is not None:
+            self._caches[copy] = deepcopy(record)
+        return copy
 
     def _start(self, n: int, past: int, cache: Cache | None) -> Pass:
         prompt = n if past == 0 else past + (n if n > 1 else 0)

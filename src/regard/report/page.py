@@ -44,6 +44,7 @@ def render(result: dict[str, Any]) -> str:
         result=result,
         rows=rows,
         depths=_depths(result["rows"]),
+        tasks=list(result["rows"][0]["tasks"] or ()),
         findings=findings(result["rows"]),
         machine=_machine(result["machine"]),
         plots=_plots(result["rows"]),
