@@ -247,6 +247,7 @@ def test_tasks_hold_their_answers_and_follow_the_seed():
         assert all(0.0 < depth < 1.0 for depth, _ in task.facts)
 
 
+@torch.no_grad()
 def test_a_question_leaves_the_cache_as_it_was(tiny):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
