@@ -76,7 +76,8 @@ class _Blocks(Selector):
     Attributes:
         keep: key blocks a query block, forced ones included.
         block: keys a block.
-        block_q: queries that share a choice, by default as many as keys in a block.
+        block_q: queries that share a choice, by default as many as keys in a block; fewer queries
+            than that choose one by one.
         sinks, recent: first and last blocks that are always read.
         share: heads that share a choice: ``"kv"`` (those of a key head), ``"head"`` (none), ``"all"``.
     """
@@ -107,10 +108,11 @@ class _Blocks(Selector):
                 f"{type(self).__name__}: share must be 'kv', 'head' or 'all', got {self.share!r}"
             )
 
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Queries and keys a block."""
-        return self.block if self.block_q is None else self.block_q, self.block
+    def sides(self, n: int) -> tuple[int, int]:
+        """Queries and keys a block, for ``n`` queries. Fewer than fill a block, such as a question
+        after a long prompt, each choose for themselves: it costs little, and they differ."""
+        side = self.block if self.block_q is None else self.block_q
+        return side if n >= side else 1, self.block
 
     def scores(
         self, q: Tensor, k: Tensor, allowed: Tensor, mask: Mask, state: Summaries | None
@@ -124,8 +126,9 @@ class _Blocks(Selector):
         """The best ``keep`` blocks of every query block; see :class:`~regard.core.select.Selector`."""
         mask = Causal() if mask is None else mask
         n, m = q.shape[2], k.shape[2]
-        allowed = block_allowed(mask, n, m, self.sides, q.device)
-        return chosen_layout(self.chosen(q, k, mask, state, allowed), n, m, self.sides, mask)
+        sides = self.sides(n)
+        allowed = block_allowed(mask, n, m, sides, q.device)
+        return chosen_layout(self.chosen(q, k, mask, state, allowed), n, m, sides, mask)
 
     def chosen(
         self, q: Tensor, k: Tensor, mask: Mask, state: Summaries | None, allowed: Tensor
@@ -146,7 +149,7 @@ class ExactTopK(_Blocks):
         self, q: Tensor, k: Tensor, allowed: Tensor, mask: Mask, state: Summaries | None
     ) -> Tensor:
         """The true mass of the blocks."""
-        return block_mass(q, k, self.sides, mask)
+        return block_mass(q, k, self.sides(q.shape[2]), mask)
 
 
 def _pool_rows(q: Tensor, block: int) -> Tensor:
@@ -194,7 +197,7 @@ class BlockTopK(_Blocks):
         """Products of pooled queries and summaries, as shares of one softmax a row, so that heads
         of different temper can be added up."""
         keys = (self.new_state() if state is None else state).update(k)
-        pooled = _pool_rows(q, self.sides[0]) * q.shape[-1] ** -0.5
+        pooled = _pool_rows(q, self.sides(q.shape[2])[0]) * q.shape[-1] ** -0.5
         if self.summary == "bounds":
             pooled = torch.cat([pooled.clamp(max=0), pooled.clamp(min=0)], dim=-1)
         raw = grouped_product(pooled, keys.mT)
@@ -244,7 +247,7 @@ class VerticalSlash(_Blocks):
         at = torch.arange(nk, device=q.device)
         i = torch.arange(m - min(n, self.probe), m, device=q.device)
         # Lines of the probed rows: block columns, and block diagonals counted from a row's own block.
-        own = (torch.arange(1, nq + 1, device=q.device) * self.sides[0]).clamp(max=n) + m - n - 1
+        own = (torch.arange(1, nq + 1, device=q.device) * self.sides(n)[0]).clamp(max=n) + m - n - 1
         columns, diagonals = self._lines(q, k, i, mask)
         half = self.keep // 2
         column = choose_blocks(columns, columns >= 0, half)

@@ -214,12 +214,15 @@ class HiP(Selector):
     def select(
         self, q: Tensor, k: Tensor, *, mask: Mask | None = None, state: HipState | None = None
     ) -> BlockLayout:
-        """The kept blocks and the window of every query block and head."""
+        """The kept blocks and the window of every query block and head.
+
+        Fewer queries than fill a block, such as a question after a long prompt, choose one by one.
+        """
         return hip_select(
             q,
             k,
             mask_k=self.mask_k,
-            block_q=self.block_q,
+            block_q=self.block_q if q.shape[2] >= self.block_q else 1,
             block_k=self.block_k,
             window=self.window,
             mask=mask,
