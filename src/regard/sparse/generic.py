@@ -212,7 +212,7 @@ class Streaming(_Blocks):
         self, q: Tensor, k: Tensor, allowed: Tensor, mask: Mask, state: Summaries | None
     ) -> Tensor:
         """Later blocks before earlier ones."""
-        nq, nk = -(-q.shape[2] // self.block), -(-k.shape[2] // self.block)
+        nq, nk = allowed.shape[-2:]
         order = torch.arange(nk, device=q.device, dtype=q.dtype)
         return order.expand(q.shape[0], q.shape[1], nq, nk)
 
