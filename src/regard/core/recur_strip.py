@@ -14,7 +14,7 @@ from torch import Tensor
 from .recur_line import Line
 
 # Side of the squares on the diagonal in which decays of single channels are raised pair by pair.
-_SUB = 16
+_SUB = 8
 
 
 def strip(line: Line, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
