@@ -17,6 +17,7 @@ from regard.patterns.halonet_mask import Halo
 from regard.patterns.neighborhood import Neighborhood, neighborhood_attention
 from regard.patterns.power import power_mask
 from regard.patterns.radial import radial_mask
+from regard.patterns.radial_parts import radial_attention
 from regard.patterns.s2 import s2_attention, s2_mask
 
 HEADS = 8
@@ -74,7 +75,13 @@ def speed_cases(quick: bool = False) -> list[Case]:
             through="neighborhood_attention",
         ),
         Case(f"power, blocks of {block}", power_mask(block), n, True),
-        Case(f"radial, {frames} frames of {n // frames}", radial_mask(frames, n // frames), n),
+        Case(
+            f"radial, {frames} frames of {n // frames}",
+            radial_mask(frames, n // frames),
+            n,
+            call=partial(radial_attention, mask=radial_mask(frames, n // frames)),
+            through="radial_attention",
+        ),
         Case(
             "s2, 8 heads, stride 8",
             s2_mask(HEADS, block=block // 4, local_blocks=16, vert_stride=8),

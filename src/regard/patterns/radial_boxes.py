@@ -18,12 +18,13 @@ def power_below(x: Tensor) -> Tensor:
     return x - (x >> 1)
 
 
-def between(table: Tensor, q: Corners, k: Corners) -> tuple[Tensor, Tensor]:
+def between(table: Tensor, q: Corners, k: Corners, start: int = 0) -> tuple[Tensor, Tensor]:
     """Whether some, and whether all, pairs of two boxes are allowed; an empty box has no pairs.
 
     Args:
         table: the band's half-width at each distance of frames, -1 for none, int64 ``(f,)``.
         q, k: boxes of queries and of keys.
+        start: the first distance with a band; all nearer ones have none.
     """
     (a0, k0), (a1, k1) = q
     (b0, l0), (b1, l1) = k
@@ -38,13 +39,18 @@ def between(table: Tensor, q: Corners, k: Corners) -> tuple[Tensor, Tensor]:
     # diagonal at some of the distances.
     count = torch.nn.functional.pad((table >= 0).long().cumsum(0), (1, 0))
     held = count[far + 1] - count[near]
-    some = torch.where(least > 0, table[near] >= least, held > 0)
-    every = torch.where(most > 0, table[far] >= most, held == far - near + 1)
+    widest = near.clamp(min=min(start, top))
+    some = torch.where(least > 0, (table[widest] >= least) & (far >= widest), held > 0)
+    every = torch.where(most > 0, (table[far] >= most) & (near >= start), held == far - near + 1)
     return real & some, ~real | every
 
 
 def bounds(
-    table: Tensor, s: int, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor]
+    table: Tensor,
+    s: int,
+    queries: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    start: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`between` for two stretches of video tokens, exactly.
 
@@ -52,8 +58,9 @@ def bounds(
         table: as for :func:`between`.
         s: tokens a frame.
         queries, keys: first and last token, inclusive; empty where the first exceeds the last.
+        start: as for :func:`between`.
     """
-    parts = [between(table, q, k) for q in _boxes(*queries, s) for k in _boxes(*keys, s)]
+    parts = [between(table, q, k, start) for q in _boxes(*queries, s) for k in _boxes(*keys, s)]
     some, every = parts[0]
     for s1, e1 in parts[1:]:
         some, every = some | s1, every & e1
