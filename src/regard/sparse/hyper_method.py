@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regard.core.data_masks import Keys
-from regard.core.masks import And, Causal, SlidingWindow
+from regard.core.masks import SlidingWindow
 from regard.models.calls import AttentionCall
 from regard.models.method import Inner, Method
+from regard.models.plain_call import beyond_causal
 
 from .hyper import check_sizes, hyper_attention
 
@@ -58,7 +58,11 @@ class HyperAttention(Method):
         ends = _ends(call)
         if all(stop - first <= self.min_len for first, stop in ends):
             return inner(call)
-        _check(call)
+        what = beyond_causal(call)
+        if what is not None:
+            raise ValueError(
+                f"HyperAttention: layer {call.layer} has {what}, expected plain causal softmax"
+            )
         out = call.v.new_zeros(*call.q.shape[:3], call.v.shape[-1])
         for entry, (first, stop) in enumerate(ends):
             rows = slice(entry, entry + 1), slice(None), slice(first, stop)
@@ -87,37 +91,3 @@ def _ends(call: AttentionCall) -> list[tuple[int, int]]:
     before = (valid.cumsum(-1) == 0).sum(-1)
     behind = (valid.flip(-1).cumsum(-1) == 0).sum(-1)
     return list(zip(before.tolist(), (call.m - behind).tolist(), strict=True))
-
-
-def _check(call: AttentionCall) -> None:
-    """Raise unless the call is plain causal softmax attention."""
-    given = {
-        "packed sequences": call.own.start is not None and call.own.start.dim() > 1,
-        "another mask": not _plainly_causal(call),
-        "a layout": call.layout is not None,
-        "a bias": call.bias is not None,
-        "attention sinks": call.sinks is not None,
-        "dropout": call.dropout > 0,
-        "soft-capped scores": call.softcap is not None,
-        "edits of its weights": any(not edit.observes for edit in call.edits),
-    }
-    for what, there in given.items():
-        if there:
-            raise ValueError(
-                f"HyperAttention: layer {call.layer} has {what}, expected plain causal softmax"
-            )
-
-
-def _plainly_causal(call: AttentionCall) -> bool:
-    """Whether nothing but the causal mask and padding in front of or behind the tokens is there."""
-    valid = call.own.valid
-    parts = call.mask.parts if isinstance(call.mask, And) else (call.mask,)
-    others = [part for part in parts if not isinstance(part, Causal)]
-    if len(others) == len(parts):
-        return False
-    if valid is None:
-        return not others
-    # Real and padded places alternate at most twice: padding, tokens, padding.
-    begins = (valid[:, 1:] & ~valid[:, :-1]).sum(-1) + valid[:, 0]
-    mine = all(isinstance(part, Keys) and part.valid is valid for part in others)
-    return mine and bool((begins <= 1).all())

@@ -31,11 +31,10 @@ import torch
 from torch import Tensor
 
 from regard.card import Card
-from regard.core.data_masks import Keys
-from regard.core.mask import And
 from regard.core.masks import Causal
 from regard.models.calls import AttentionCall
 from regard.models.method import Inner, Method
+from regard.models.plain_call import beyond_causal
 from regard.models.rotary import Rotary
 
 from .longheads_cache import ChunkFeatures
@@ -110,7 +109,9 @@ class LongHeads(Method):
         queries = [entry.update() for entry in entries]
         if max(call.m - entry.begin for entry in entries) <= self.start:
             return inner(call)
-        self._check_selecting(call)
+        what = beyond_causal(call)
+        if what is not None:
+            raise ValueError(f"LongHeads: layer {call.layer} has {what}, expected plain softmax")
         out = call.v.new_zeros(*call.q.shape[:3], call.v.shape[-1])
         for entry, q in zip(entries, queries, strict=True):
             out[entry.batch, :, call.n - q.shape[2] :] = attend_chunks(
@@ -136,34 +137,6 @@ class LongHeads(Method):
                 f"LongHeads: layer {call.layer} attends under {own.pattern!r} from column {own.offset} "
                 "on, expected causal attention over the whole sequence; choose other layers"
             )
-
-    def _check_selecting(self, call: AttentionCall) -> None:
-        given = {
-            "another mask": not _own_mask(call),
-            "a layout": call.layout is not None,
-            "a bias": call.bias is not None,
-            "attention sinks": call.sinks is not None,
-            "dropout": call.dropout > 0,
-            "soft-capped scores": call.softcap is not None,
-            "edits of its weights": any(not edit.observes for edit in call.edits),
-        }
-        for what, there in given.items():
-            if there:
-                raise ValueError(
-                    f"LongHeads: layer {call.layer} has {what}, expected plain softmax"
-                )
-
-
-def _own_mask(call: AttentionCall) -> bool:
-    """Whether the call's mask is the model's, with no padding but in front of and behind the tokens."""
-    valid, parts = call.own.valid, call.mask.parts if isinstance(call.mask, And) else (call.mask,)
-    others = [part for part in parts if not isinstance(part, Causal)]
-    if valid is None:
-        return not others
-    mine = [part for part in others if isinstance(part, Keys) and part.valid is valid]
-    # Real and padded places alternate at most twice: padding, tokens, padding.
-    begins = (valid[:, 1:] & ~valid[:, :-1]).sum(-1) + valid[:, 0]
-    return len(mine) == len(others) and bool((begins <= 1).all())
 
 
 class _Entry:
