@@ -1,0 +1,1 @@
+"""Linear attention, recurrences and memories: one file a paper."""
