@@ -66,6 +66,25 @@ def recur(
     Raises:
         ValueError: an argument does not fit.
     """
+    # The checks look at values and the backward pass runs autograd itself: nothing to be traced.
+    run = torch.compiler.disable(_recur) if torch.compiler.is_compiling() else _recur
+    return run(q, k, v, decay, beta, gate, scale, state, chunk, causal, return_state, backend)
+
+
+def _recur(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    beta: Tensor | None,
+    gate: Tensor | None,
+    scale: float,
+    state: Tensor | None,
+    chunk: int,
+    causal: bool,
+    return_state: bool,
+    backend: str,
+) -> Any:
     heads = _check(q, k, v, decay, beta, state, chunk, backend)
     if not causal:
         if beta is not None or state is not None or return_state:

@@ -106,12 +106,10 @@ def lightning_attention(
     Raises:
         ValueError: negative slopes, or shapes that do not fit.
     """
-    # The checks look at values and the backward pass runs autograd itself: nothing to be traced.
-    run = torch.compiler.disable(recur) if torch.compiler.is_compiling() else recur
     decay = None if slopes is None else -_slopes(slopes, q, k)
     if mask is not None:
         k, v, decay = _skip(mask, k, v, decay)
-    return run(
+    return recur(
         q,
         k,
         v,
