@@ -121,6 +121,27 @@ def test_methods_by_name():
             method(text, 64)
 
 
+def test_methods_from_files(tmp_path):
+    from regard.sparse.hylra import LayerReuse
+    from regard.sparse.hylra_plan import ReusePlan
+    from regard.sparse.moa import MoA
+    from regard.sparse.moa_plan import MoAPlan
+
+    plan = ReusePlan((-1, 0), (), (1.0, 1.0), 0.9, 0.3)
+    plan.save(tmp_path / "reuse.json")
+    found = method(f"hylra@{tmp_path / 'reuse.json'}", 512)
+    assert found.name.startswith("hylra@")
+    assert isinstance(found.how, LayerReuse) and found.how.policy == (-1, 0)
+    MoAPlan([[0, 64], [0, 0]], [[0.5, 0.0], [1.0, 0.25]]).save(tmp_path / "moa.json")
+    assert isinstance(method(f"moa@{tmp_path / 'moa.json'}", 512).how, MoA)
+    with pytest.raises(FileNotFoundError, match="'seer' needs its gates of save_gates"):
+        method(f"seer@{tmp_path / 'none'}", 512)
+    with pytest.raises(ValueError, match="'window' reads no file; those that do are seer"):
+        method("window@x", 512)
+    with pytest.raises(ValueError, match="write moa@FILE"):
+        method("moa", 512)
+
+
 def test_needles_stand_at_their_depths():
     facts = needles((0.1, 0.5, 0.9), seed=4)
     assert facts == needles((0.1, 0.5, 0.9), seed=4) != needles((0.1, 0.5, 0.9), seed=5)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core.masks import Causal, Dilated, Mask, Sinks, SlidingWindow, Strided
 from ..patterns.power import Power
 from ..patterns.s2_pattern import S2
-from .selecting import SELECTING, Heads, How, Kind
+from .calibrated import CALIBRATED
+from .selecting import SELECTING, Heads, How, Kind, budget
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,22 @@ _MASKS = {
 KNOWN: dict[str, Kind] = {**_MASKS, **SELECTING}
 
 
+def _calibrated(name: str, file: str, length: int) -> How:
+    """A method of what was calibrated for a model."""
+    if name not in CALIBRATED:
+        raise ValueError(
+            f"compare: {name!r} reads no file; those that do are {', '.join(CALIBRATED)}"
+        )
+    what, make = CALIBRATED[name]
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"compare: method {name!r} needs its {what}; there is no {path}")
+    return make(path, budget(length))
+
+
 def method(text: str | How, length: int, heads: Heads = SMOLLM2) -> Named:
-    """A method by its name, ``NAME`` or ``NAME:NUMBER``, or any mask, selector or method.
+    """A method by its name, ``NAME``, ``NAME:NUMBER`` or ``NAME@FILE``, or any mask, selector or
+    method.
 
     Args:
         text: the name, or what has none, which is taken as it is.
@@ -102,8 +118,15 @@ def method(text: str | How, length: int, heads: Heads = SMOLLM2) -> Named:
     """
     if not isinstance(text, str):
         return Named(repr(text), text)
+    name, at, file = text.partition("@")
+    if at:
+        return Named(text, _calibrated(name, file, length))
     name, _, number = text.partition(":")
     if name not in KNOWN:
+        if name in CALIBRATED:
+            raise ValueError(
+                f"compare: method {name!r} needs its {CALIBRATED[name][0]}: write {name}@FILE"
+            )
         near = difflib.get_close_matches(name, KNOWN, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KNOWN)}"
         raise ValueError(f"compare: unknown method {name!r}; {hint}")

@@ -15,6 +15,7 @@ from ..models.method import Method
 from ..sparse.cca_method import CCA
 from ..sparse.generic import BlockTopK, ExactTopK, VerticalSlash
 from ..sparse.hip import HiP
+from ..sparse.hyper_method import HyperAttention
 from ..sparse.longheads import LongHeads
 from ..sparse.tidaldecode import TidalDecode
 
@@ -52,7 +53,7 @@ class Kind:
     make: Callable[[int, Heads], How]
 
 
-def _budget(length: int) -> int:
+def budget(length: int) -> int:
     """Keys a query that make a quarter of the pairs of causal attention."""
     return max(4 * _BLOCK, round(length * 0.134))
 
@@ -76,31 +77,36 @@ def _longheads(keys: int) -> Method:
 
 _IN_BLOCKS = "keys a query reads, in blocks of 64"
 SELECTING: dict[str, Kind] = {
-    "exact-topk": Kind(_IN_BLOCKS, _budget, lambda keys, heads: ExactTopK(_blocks(keys), _BLOCK)),
-    "mean-topk": Kind(_IN_BLOCKS, _budget, lambda keys, heads: BlockTopK(_blocks(keys), _BLOCK)),
+    "exact-topk": Kind(_IN_BLOCKS, budget, lambda keys, heads: ExactTopK(_blocks(keys), _BLOCK)),
+    "mean-topk": Kind(_IN_BLOCKS, budget, lambda keys, heads: BlockTopK(_blocks(keys), _BLOCK)),
     # Small blocks and a choice for each head: what bounds tell is lost in blocks of 64.
     "bounds-topk": Kind(
         "keys a query reads, in blocks of 8",
-        _budget,
+        budget,
         lambda keys, heads: BlockTopK(
             max(1, keys // 8), 8, block_q=32, summary="bounds", share="head", recent=5
         ),
     ),
     "vertical-slash": Kind(
-        _IN_BLOCKS, _budget, lambda keys, heads: VerticalSlash(_blocks(keys), _BLOCK)
+        _IN_BLOCKS, budget, lambda keys, heads: VerticalSlash(_blocks(keys), _BLOCK)
     ),
     # Of the published block sides (32, 2) and coarser ones, these lost least on SmolLM2 at 25 %.
-    "hip": Kind("keys a query reads, 128 of them its window", _budget, lambda keys, _: _hip(keys)),
-    "longheads": Kind("keys a query reads", _budget, lambda keys, heads: _longheads(keys)),
+    "hip": Kind("keys a query reads, 128 of them its window", budget, lambda keys, _: _hip(keys)),
+    "longheads": Kind("keys a query reads", budget, lambda keys, heads: _longheads(keys)),
     "cca": Kind(
         "keys in the window, besides one core token for 16 older keys",
-        _budget,
+        budget,
         lambda keys, heads: CCA(16, keys),
+    ),
+    "hyper": Kind(
+        "keys a query reads, half of them samples; pieces of twice as many are exact",
+        budget,
+        lambda keys, heads: HyperAttention(keys // 2, keys // 2, min_len=2 * keys),
     ),
     # What serves SmolLM2 best of the options that its benchmark tries.
     "tidaldecode": Kind(
         "keys a layer shares in decoding; prefill is dense",
-        _budget,
+        budget,
         lambda keys, heads: TidalDecode(keys, correct=(9, 16, 23), share="all", own=True),
     ),
 }
