@@ -21,7 +21,8 @@ class Pooled(Kept):
     Attributes:
         width: positions a bin; position `p` belongs to bin `p // width`.
         rows, cols: half-open ranges of positions `(start, stop)` to be binned, bins counted from
-            their start; default all `M`. Queries that the call does not hold have zeros.
+            their start; default all `M`. Queries that the call does not hold have zeros. Of more
+            queries than keys the first ones stand at positions below 0.
     """
 
     width: int
@@ -34,10 +35,10 @@ class Pooled(Kept):
         if self.width < 1:
             raise ValueError(f"Pooled: width must be >= 1, got {self.width}")
         for name, span in (("rows", self.rows), ("cols", self.cols)):
-            if span is not None and not 0 <= span[0] < span[1]:
-                raise ValueError(
-                    f"Pooled: {name} must be (start, stop), 0 <= start < stop, got {span}"
-                )
+            if span is not None and not span[0] < span[1]:
+                raise ValueError(f"Pooled: {name} must be (start, stop), start < stop, got {span}")
+        if self.cols is not None and self.cols[0] < 0:
+            raise ValueError(f"Pooled: cols must start at 0 or later, got {self.cols}")
 
     def _room(self, shape: Shape) -> Tensor:
         self._ranges = self.rows or (0, shape.m), self.cols or (0, shape.m)
@@ -62,7 +63,7 @@ class Pooled(Kept):
 
     def finish(self) -> dict[str, Tensor]:
         shape, (top, bottom) = self._shape, self._ranges[0]
-        held = torch.arange(max(0, shape.m - shape.n), shape.m, device=shape.device)
+        held = torch.arange(shape.m - shape.n, shape.m, device=shape.device)
         held = held[(held >= top) & (held < bottom)]
         count = torch.bincount((held - top) // self.width, minlength=self._sum.shape[1])
         mean = self._sum / count.clamp(min=1).to(self._sum.dtype)[:, None]

@@ -46,6 +46,8 @@ class Pass:
         given_spans: the ``spans=`` keyword of this very call of the model, or ``None``.
         heads: number of query heads of each layer that has run so far.
         record: what is kept with the KV cache, or ``None`` without one.
+        allowed: which keys a decoding step's row sees, by mask and number of keys.
+        chosen: whether an edit applies to a decoding step's row.
     """
 
     n: int
@@ -57,6 +59,8 @@ class Pass:
     heads: dict[int, int] = field(default_factory=dict)
     record: CacheRecord | None = None
     stores: dict[int, Store] = field(default_factory=dict)
+    allowed: dict[tuple[Mask, int], Tensor] = field(default_factory=dict)
+    chosen: dict[Edit, Tensor] = field(default_factory=dict)
 
     def spans(self, owner: int) -> Spans | None:
         """The named parts of the prompt, as one patched method sees them."""
@@ -99,6 +103,7 @@ class AttentionCall:
         own: the model's own mask in parts (pattern, padding, offsets).
         edits: edits of ``logits`` and ``weights`` that are applied below, in order.
         extra: other keyword arguments that reached the attention function.
+        crosses: cross-attention: the keys are another sequence's than the queries.
         replaced: seen by a probe: a patched method made this call's output in its own way, other
             than by handing one changed call on.
         owner: the patched method that holds the call (the engine's number for it).
@@ -120,6 +125,7 @@ class AttentionCall:
     softcap: float | None = None
     edits: tuple[Edit, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    crosses: bool = False
     replaced: bool = False
     owner: int = 0
     find_rotary: Callable[[], Rotary] | None = None
@@ -169,6 +175,8 @@ class AttentionCall:
     @property
     def rows(self) -> Tensor:
         """Column of each query among the model's tokens, ``(N,)`` int64, left padding included."""
+        if self.crosses:
+            return self.passing.rows.to(self.q.device)
         return self.columns[self.m - self.n :]
 
     @property

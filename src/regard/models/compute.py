@@ -46,7 +46,7 @@ def _rows(call: AttentionCall) -> tuple[Tensor, Tensor]:
     touched = torch.zeros(call.n, dtype=torch.bool)
     changed = touched.clone()
     for edit in call.edits:
-        chosen = edit.chosen(rows, call.passing)
+        chosen = torch.ones_like(touched) if edit.everywhere else edit.chosen(rows, call.passing)
         touched |= chosen
         if not edit.observes:
             changed |= chosen
@@ -89,37 +89,50 @@ def _explicit(call: AttentionCall, rows: Tensor, keep: bool) -> Tensor:
 def _tile(call: AttentionCall, rows: Tensor) -> Tensor:
     q, k, v = call.q, call.k, call.v
     wide = compute_dtype(q.dtype)
-    groups = q.shape[1] // k.shape[1]
-    part = q[:, :, rows].to(wide).unflatten(1, (k.shape[1], groups))
-    scores = torch.matmul(part, k.to(wide)[:, :, None].mT).flatten(1, 2) * call.scale
+    # rows of the query heads that share a key head lie under each other: keys are read once
+    grouped = (q.shape[0], k.shape[1], q.shape[1] // k.shape[1] * rows.numel())
+    part = (q if rows.numel() == call.n else q[:, :, rows]).to(wide).reshape(*grouped, q.shape[3])
+    scores = torch.matmul(part, k.to(wide).mT).view(q.shape[0], q.shape[1], -1, call.m) * call.scale
     if call.bias is not None:
         scores = scores + _bias(call, rows).to(wide)
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     allowed = _allowed(call, rows)
-    scores = _edit(call, "logits", scores.masked_fill(~allowed, -torch.inf), rows, allowed)
-    weights = _softmax(scores.masked_fill(~allowed, -torch.inf), call.sinks)
-    weights = _edit(call, "weights", weights, rows, allowed).masked_fill(~allowed, 0)
+    hidden = ~allowed
+    scores = scores.masked_fill(hidden, -torch.inf)
+    edited = _edit(call, "logits", scores, rows, allowed)
+    scores = scores if edited is scores else edited.masked_fill(hidden, -torch.inf)
+    softmax = _softmax(scores, hidden, call.sinks)
+    weights = _edit(call, "weights", softmax, rows, allowed)
+    weights = weights if weights is softmax else weights.masked_fill(hidden, 0)
     if call.dropout > 0:
         weights = torch.nn.functional.dropout(weights, call.dropout)
-    grouped = weights.unflatten(1, (k.shape[1], groups))
-    return torch.matmul(grouped, v.to(wide)[:, :, None]).flatten(1, 2).to(q.dtype)
+    out = torch.matmul(weights.reshape(*grouped, call.m), v.to(wide))
+    return out.view(q.shape[0], q.shape[1], -1, v.shape[3]).to(q.dtype)
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+def _softmax(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the keys; rows without keys give zeros; ``sinks`` enter the denominator."""
-    extra = None if sinks is None else sinks.to(scores.dtype)[:, None, None]
-    top = scores.detach().amax(-1, keepdim=True)
-    top = top if extra is None else torch.maximum(top, extra.detach())
-    top = top.masked_fill(top == -torch.inf, 0)
+    if sinks is None:
+        return scores.softmax(-1).masked_fill(hidden, 0)
+    extra = sinks.to(scores.dtype)[:, None, None]
+    top = torch.maximum(scores.detach().amax(-1, keepdim=True), extra.detach())
     raised = torch.exp(scores - top)
-    total = raised.sum(-1, keepdim=True)
-    total = total if extra is None else total + torch.exp(extra - top)
-    return raised / total.masked_fill(total == 0, 1)
+    return raised / (raised.sum(-1, keepdim=True) + torch.exp(extra - top))
 
 
 def _allowed(call: AttentionCall, rows: Tensor) -> Tensor:
     """Which keys these rows see, bool, broadcasts to ``(B, H, R, M)``."""
+    if call.n > 1 or call.layout is not None:
+        return _asked(call, rows)
+    # a decoding step has no time to lose: layers of one mask ask once
+    found = call.passing.allowed.get((call.mask, call.m))
+    if found is None:
+        found = call.passing.allowed[call.mask, call.m] = _asked(call, rows)
+    return found
+
+
+def _asked(call: AttentionCall, rows: Tensor) -> Tensor:
     i = (rows + call.m - call.n)[:, None]
     j = torch.arange(call.m, device=rows.device)[None]
     allowed = _mask_rows(call.mask, i, j)
@@ -163,14 +176,20 @@ def _bias(call: AttentionCall, rows: Tensor) -> Tensor:
 
 def _edit(call: AttentionCall, name: str, x: Tensor, rows: Tensor, allowed: Tensor) -> Tensor:
     """Apply the call's edits of one site to a tile ``(B, H, R, M)``."""
+    if all(edit.site != name for edit in call.edits):
+        return x
     columns = call.rows[rows].cpu()
     for edit in call.edits:
         if edit.site != name:
             continue
-        chosen = edit.chosen(columns, call.passing).nonzero().flatten()
+        if edit.everywhere:
+            chosen = torch.arange(columns.numel())
+        else:
+            chosen = edit.chosen(columns, call.passing).nonzero().flatten()
         heads = edit.head_index(x.shape[1], x.device)
         if not chosen.numel() or not heads.numel():
             continue
+        whole = (heads.numel(), chosen.numel()) == x.shape[1:3]
         at = (slice(None), heads[:, None], chosen.to(x.device))
         site = Site(
             name=name,
@@ -180,12 +199,13 @@ def _edit(call: AttentionCall, name: str, x: Tensor, rows: Tensor, allowed: Tens
             passing=call.passing,
             owner=edit.owner,
             call=call,
-            allowed=allowed.expand(x.shape)[at],
+            allowed=allowed.expand(x.shape) if whole else allowed.expand(x.shape)[at],
         )
-        out = edit.apply(x[at], site)
+        # a copy: a function may change what it is given
+        out = edit.apply(x.clone() if whole else x[at], site)
         if edit.observes:
             continue
-        if (heads.numel(), chosen.numel()) == x.shape[1:3]:
+        if whole:
             x = out.to(x.dtype)
         else:
             x = x.clone()

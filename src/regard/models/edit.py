@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -83,6 +83,9 @@ RowRule: TypeAlias = Callable[[Tensor, Pass, "Spans | None"], Tensor]
 Rows: TypeAlias = 'Literal["all", "last", "answer", "generated", "prefill"] | RowRule'
 
 
+Layers: TypeAlias = "Collection[int] | Callable[[int], Collection[int]] | None"
+
+
 def _need(spans: Spans | None, who: str) -> Spans:
     if spans is None:
         raise ValueError(f"{who}: no spans were declared; give patch(..., spans=Spans.of(...))")
@@ -144,7 +147,8 @@ class Edit:
     Args:
         site: one of the names above.
         fn: the edit.
-        layers: layer indices, or ``None`` for all.
+        layers: layer indices, ``None`` for all, or a function of the model's number of layers that
+            gives them.
         heads: query-head indices, or ``None`` for all; for ``logits``, ``weights`` and ``heads``.
         rows: ``"all"``; ``"last"`` (the last row of each pass, every row in decoding); ``"answer"``
             (the prompt's last row, which predicts the answer's first token, and all after it);
@@ -156,7 +160,7 @@ class Edit:
 
     site: SiteName
     fn: Callable[[Tensor, Site], Tensor]
-    layers: Collection[int] | None = None
+    layers: Layers = None
     heads: Collection[int] | None = None
     rows: Rows = "all"
     observes: bool = False
@@ -170,14 +174,31 @@ class Edit:
         if self.heads is not None and self.site not in (*IN_ATTENTION, "heads"):
             raise ValueError(f"Edit: site {self.site!r} has no heads, got heads={self.heads!r}")
 
+    def of_depth(self, depth: int) -> Edit:
+        """The edit for a model of so many layers: its layers as indices, or ``None``."""
+        return (
+            replace(self, layers=frozenset(self.layers(depth))) if callable(self.layers) else self
+        )
+
     def at_layer(self, layer: int) -> bool:
-        """Whether the edit applies to this layer."""
+        """Whether the edit, made for a model by :meth:`of_depth`, applies to this layer."""
+        assert not callable(self.layers)
         return self.layers is None or layer in self.layers
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every row is chosen, which needs no asking."""
+        return self.rows == "all"
 
     def chosen(self, rows: Tensor, passing: Pass) -> Tensor:
         """Which of these rows (columns of the model's tokens) the edit applies to, bool ``(N,)``."""
         rule = RULES[self.rows] if isinstance(self.rows, str) else self.rows
-        return rule(rows, passing, passing.spans(self.owner))
+        if passing.n > 1:
+            return rule(rows, passing, passing.spans(self.owner))
+        # a decoding step has one row, which is the same in all layers
+        if self not in passing.chosen:
+            passing.chosen[self] = rule(rows, passing, passing.spans(self.owner))
+        return passing.chosen[self]
 
     def apply(self, x: Tensor, site: Site) -> Tensor:
         """Run ``fn`` and check what it returns."""

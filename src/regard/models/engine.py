@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ..core.masks import Full
 from .calls import AttentionCall, Pass
 from .compute import compute
 from .edit import IN_ATTENTION, Edit, Site
@@ -25,9 +26,10 @@ from .interface import (
     switch_off,
     switch_on,
 )
-from .method import Inner, Method, Probe
+from .method import Inner, Inside, Method, Probe
+from .own_mask import OwnMask
 from .rotary import Rotary, find_rotary
-from .sites import LayerSites, find_layers
+from .sites import ATTENTIONS, Attention, LayerSites, find_layers
 from .spans import Spans
 from .tracking import Tracker, bound
 
@@ -50,11 +52,13 @@ class Entry:
 
 
 class Engine:
-    """Serves every self-attention call of one decoder (or encoder) while something is patched."""
+    """Serves every self-attention call of one decoder (or encoder) while something is patched, or
+    every cross-attention call of one decoder."""
 
-    def __init__(self, root: nn.Module, layers: list[LayerSites]) -> None:
+    def __init__(self, root: nn.Module, layers: list[LayerSites], crosses: bool = False) -> None:
         self.root = root
         self.layers = layers
+        self.crosses = crosses
         self.index = {s.core: i for i, s in enumerate(layers) if s.core is not None}
         self.entries: list[Entry] = []
         self.tracker = Tracker(self._spans)
@@ -76,7 +80,8 @@ class Engine:
         """Switch something on; nothing is left changed when this raises."""
         wanted = method.edits() if method is not None else _observers(probe)
         self._count += 1
-        edits = tuple(replace(edit, owner=self._count) for edit in wanted)
+        depth = len(self.layers)
+        edits = tuple(replace(edit.of_depth(depth), owner=self._count) for edit in wanted)
         entry = Entry(self._count, method, probe, edits, layers, spans)
         first = not self.entries
         try:
@@ -84,6 +89,8 @@ class Engine:
                 self._switch_on()
             for edit in edits:
                 entry.handles.extend(self._hook(entry, edit, head))
+            if method is not None:
+                entry.handles.extend(method.hooks(self._inside(entry)))
         except BaseException:
             _remove(entry.handles)
             if first:
@@ -92,8 +99,18 @@ class Engine:
         self.entries.append(entry)
         return entry
 
+    def _inside(self, entry: Entry) -> Inside:
+        def passing() -> Pass:
+            if self.tracker.passing is None:
+                raise ValueError(f"patch: {type(entry.method).__name__} ran outside of a pass")
+            return self.tracker.passing
+
+        layers = {at: sites for at, sites in enumerate(self.layers) if entry.at(at)}
+        return Inside(self.root, layers, entry.number, passing)
+
     def _hook(self, entry: Entry, edit: Edit, head: nn.Module | None) -> list[RemovableHandle]:
         if entry.layers is not None and edit.site not in ("positions", "lm_logits"):
+            assert not callable(edit.layers)
             both = entry.layers if edit.layers is None else entry.layers & set(edit.layers)
             edit = replace(edit, layers=both)
         return hook_edit(self.root, self.layers, self.tracker, edit, head)
@@ -214,7 +231,12 @@ class Engine:
                 )
         extra = dict(extra)
         scale, dropout = extra.pop("scaling", None), extra.pop("dropout", 0.0)
-        own, bias = given_mask(module, q, k, mask, extra)
+        if self.crosses and mask is None:
+            own, bias = OwnMask(Full(), None, None, 0, k.shape[2]), None
+        else:
+            own, bias = given_mask(module, q, k, mask, extra)
+        if self.crosses and bias is not None and not bool(bias.tensor.any()):
+            bias = None  # T5 hands zeros on
         k, v = k[:, :, : own.keys], v[:, :, : own.keys]
         layer = self.index[module]
         passing = self.tracker.during(q.shape[2], own, given)
@@ -235,7 +257,8 @@ class Engine:
             sinks=sinks,
             softcap=softcap,
             extra=extra,
-            find_rotary=lambda: self._rotary(module, k, given, passing),
+            crosses=self.crosses,
+            find_rotary=None if self.crosses else lambda: self._rotary(module, k, given, passing),
         )
         pattern = own.pattern
         edits: list[Edit] = []
@@ -273,27 +296,35 @@ def _remove(handles: list[RemovableHandle]) -> None:
         handles.pop().remove()
 
 
-_ENGINES: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
+_ENGINES: WeakKeyDictionary[nn.Module, dict[str, Engine]] = WeakKeyDictionary()
 
 
-def engine_of(model: nn.Module) -> Engine:
-    """The engine of a model's decoder; made when first asked for.
+def engine_of(model: nn.Module, attention: Attention = "self") -> Engine:
+    """The engine of a model's decoder, for one kind of attention; made when first asked for.
 
     Raises:
-        ValueError: the model does not go through the attention interface.
+        ValueError: the model does not go through the attention interface, or has no such attention.
     """
+    if attention not in ATTENTIONS:
+        raise ValueError(f"patch: attention must be 'self' or 'cross', got {attention!r}")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"patch: expected a transformers model, got {type(model).__name__}")
     root = model.get_decoder()
     if not isinstance(root, PreTrainedModel):
         root = model
-    engine = _ENGINES.get(root)
-    if engine is None:
-        layers = find_layers(root)
-        if not root._can_set_attn_implementation() or not any(s.core for s in layers):
+    engines = _ENGINES.setdefault(root, {})
+    if attention not in engines:
+        layers = find_layers(root, attention)
+        there = any(sites.core is not None for sites in layers)
+        if attention == "cross" and not there:
+            raise ValueError(
+                f"patch: {type(root).__name__} has no cross-attention that regard knows; leave "
+                'attention="self"'
+            )
+        if not root._can_set_attn_implementation() or not there:
             raise ValueError(
                 f"patch: {type(root).__name__} does not call its attention through transformers' "
                 "attention interface, so there is nothing to patch"
             )
-        engine = _ENGINES[root] = Engine(root, layers)
-    return engine
+        engines[attention] = Engine(root, layers, attention == "cross")
+    return engines[attention]

@@ -27,6 +27,7 @@ def hook_edit(
     Args:
         head: the language-model head, for ``lm_logits``.
     """
+    assert not callable(edit.layers)
     wrong = [i for i in edit.layers or () if not 0 <= i < len(layers)]
     if wrong:
         raise ValueError(f"Edit at {edit.site!r}: layers {wrong}, but the model has {len(layers)}")

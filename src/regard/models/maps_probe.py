@@ -25,6 +25,7 @@ class _Layer:
     mask: Mask | None = None
     bias: Bias | None = None
     scale: float = 1.0
+    crosses: bool = False
 
 
 class MapsProbe:
@@ -36,7 +37,8 @@ class MapsProbe:
         maps.window(17, 3, rows=(4000, 4064), cols=(0, 64))
 
     It sees one sequence: a prompt in one pass or in pieces, and what is generated after it. Windows
-    of a caller's size cost the rows asked for times the keys before them.
+    of a caller's size cost the rows asked for times the keys before them. Of cross-attention rows
+    are the decoder's tokens and columns the encoder's.
 
     Args:
         to: device on which queries and keys are kept; default: where they are.
@@ -44,7 +46,7 @@ class MapsProbe:
 
     Raises:
         ValueError: while watching, at a layer whose weights are no plain softmax any more, or whose
-            cache has dropped keys.
+            cache has dropped keys, or a second pass where scores have a bias.
     """
 
     def __init__(
@@ -65,8 +67,11 @@ class MapsProbe:
         if why is not None:
             raise ValueError(f"MapsProbe: layer {call.layer} {why}")
         layer = self.layers.setdefault(call.layer, _Layer())
+        if layer.q and (call.bias is not None or layer.bias is not None):
+            why = "has a bias given pass by pass; watch one pass"
+            raise ValueError(f"MapsProbe: layer {call.layer} {why}")
         rows = sum(q.shape[2] for q in layer.q)
-        if rows + call.n != call.m:
+        if not call.crosses and rows + call.n != call.m:
             raise ValueError(
                 f"MapsProbe: layer {call.layer} has {call.m} keys after {rows} + {call.n} queries; "
                 "watch one sequence from its start"
@@ -74,6 +79,7 @@ class MapsProbe:
         layer.q.append(call.q.detach().to(self.to, self.dtype, copy=True))
         layer.k = call.k.detach().to(self.to, self.dtype, copy=True)
         layer.mask, layer.bias, layer.scale = call.mask, call.bias, call.scale
+        layer.crosses = call.crosses
 
     def result(self) -> MapsProbe:
         """The probe itself."""
@@ -108,11 +114,17 @@ class MapsProbe:
         if alone:
             key_head = head // (q.shape[1] // k.shape[1])
             q, k = q[:, head : head + 1], k[:, key_head : key_head + 1]
-        # Rows that see nothing later end where the window ends.
-        stop = bottom if alone and _causal(kept.mask) else k.shape[2]
+        if kept.crosses:
+            # the rows asked for count as the last of the keys' positions
+            q, stop = q[:, :, top:bottom], k.shape[2]
+            top, bottom = stop - (bottom - top), stop
+        else:
+            # Rows that see nothing later end where the window ends.
+            stop = bottom if alone and _causal(kept.mask) else k.shape[2]
+            q = q[:, :, top:stop]
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         found = attention_stats(
-            q[:, :, top:stop].to(exact),
+            q.to(exact),
             k[:, :, :stop].to(exact),
             [Pooled(width, (top, bottom), cols)],
             mask=kept.mask,
@@ -126,12 +138,13 @@ class MapsProbe:
     ) -> tuple[_Layer, Range, Range]:
         if layer not in self.layers:
             raise ValueError(f"MapsProbe: no layer {layer}; there are {sorted(self.layers)}")
-        kept, n = self.layers[layer], self.length
+        kept = self.layers[layer]
         count = kept.q[0].shape[1]
         if not 0 <= head < count:
             raise ValueError(f"MapsProbe: head must lie in [0, {count}), got {head}")
         ranges = []
-        for name, span in (("rows", rows), ("cols", cols)):
+        keys = kept.k.shape[2] if kept.k is not None else 0
+        for name, span, n in (("rows", rows, self.length), ("cols", cols, keys)):
             start, stop = span or (0, n)
             if not 0 <= start < stop <= n:
                 raise ValueError(

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core.masks import And, Full, Mask
-from .calls import AttentionCall
+from .calls import AttentionCall, Pass
 from .edit import Edit
+from .sites import LayerSites
 
 Inner: TypeAlias = Callable[[AttentionCall], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Inside:
+    """The model that a method enters, for hooks at parts that are no site.
+
+    Attributes:
+        root: the decoder or encoder.
+        layers: its layers by index, those of ``patch(layers=...)`` only.
+        owner: the engine's number for the method: ``passing().cache_store(owner)`` is its store.
+        passing: the forward pass that is running.
+    """
+
+    root: nn.Module
+    layers: Mapping[int, LayerSites]
+    owner: int
+    passing: Callable[[], Pass]
 
 
 class Method:
@@ -29,6 +49,11 @@ class Method:
 
     def edits(self) -> Sequence[Edit]:
         """What to change at the sites of the model. Read once, when the patch is entered."""
+        return ()
+
+    def hooks(self, inside: Inside) -> Sequence[RemovableHandle]:
+        """Hooks of its own, for what no site reaches (a router, a projection). Asked for once, when
+        the patch is entered; removed when it is left. Register all of them or raise with none left."""
         return ()
 
     def attend(self, call: AttentionCall, inner: Inner) -> Tensor:

@@ -14,6 +14,7 @@ from ..core.select import Selector
 from .engine import engine_of
 from .method import MaskMethod, Method, Probe
 from .select_method import SelectMethod
+from .sites import Attention
 from .spans import Spans
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,14 +26,16 @@ def patch(
     *methods: Method | Mask | Selector,
     layers: Collection[int] | None = None,
     spans: Spans | None = None,
+    attention: Attention = "self",
 ) -> Iterator[Model]:
     """Change a running transformers model for the length of a ``with`` block.
 
         with regard.patch(model, Causal() & (SlidingWindow(256) | Sinks(4))):
             model.generate(**inputs)
 
-    It acts on the self-attention of the model's text decoder (``model.get_decoder()``); pass an
-    encoder or an image tower itself to patch that. Leaving the block restores the model exactly,
+    It acts on the self-attention of the model's text decoder (``model.get_decoder()``), or with
+    ``attention="cross"`` on the decoder's cross-attention; pass an encoder or an image tower itself
+    to patch that. Leaving the block restores the model exactly,
     also after an exception. Blocks nest: an inner patch sees the model as the outer one left it
     (masks intersect, edits run after the outer's, ``attend`` wraps the outer's). Run ``backward``
     of a checkpointed model inside the block: it runs the layers again.
@@ -44,6 +47,8 @@ def patch(
             from each sequence's first real token, wherever padding puts it.
         layers: layers to which they apply (default all).
         spans: named parts of the prompt, for methods that work on them.
+        attention: ``"self"``, or ``"cross"`` for the attention of an encoder-decoder's decoder to
+            its encoder: rows are the decoder's tokens, keys, padding and positions the encoder's.
 
     Raises:
         ValueError: the model does not use the attention interface, or a method does not fit it.
@@ -51,7 +56,7 @@ def patch(
     wanted = [as_method(method) for method in methods]
     if not wanted:
         raise ValueError("patch: no method given; Full() is the one that changes nothing")
-    with _on(model, [(method, None) for method in wanted], layers, spans):
+    with _on(model, [(method, None) for method in wanted], layers, spans, attention):
         yield model
 
 
@@ -91,6 +96,7 @@ def watch(
     *probes: Probe,
     layers: Collection[int] | None = None,
     spans: Spans | None = None,
+    attention: Attention = "self",
 ) -> Iterator[Seen]:
     """Read a running transformers model for the length of a ``with`` block; changes nothing.
 
@@ -105,13 +111,14 @@ def watch(
         probes: objects with ``result()`` and ``attention(call, out)`` or ``observers()``.
         layers: layers that are watched (default all).
         spans: named parts of the prompt, for probes that work on them.
+        attention: as for :func:`patch`.
     """
     if not probes:
         raise ValueError("watch: no probe given")
     for probe in probes:
         if not isinstance(probe, Probe):
             raise ValueError(f"watch: {type(probe).__name__} is no probe: it has no result()")
-    with _on(model, [(None, probe) for probe in probes], layers, spans):
+    with _on(model, [(None, probe) for probe in probes], layers, spans, attention):
         yield Seen(probes)
 
 
@@ -134,8 +141,9 @@ def _on(
     wanted: list[tuple[Method | None, Probe | None]],
     layers: Collection[int] | None,
     spans: Spans | None,
+    attention: Attention,
 ) -> Iterator[None]:
-    engine = engine_of(model)
+    engine = engine_of(model, attention)
     chosen = None if layers is None else frozenset(layers)
     wrong = sorted(i for i in chosen or () if not 0 <= i < len(engine.layers))
     if wrong:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .edit import IN_ATTENTION, Edit, Rows, Site, SiteName
+from .edit import IN_ATTENTION, Edit, Layers, Rows, Site, SiteName
 
 if TYPE_CHECKING:
     from .calls import Pass
@@ -33,7 +33,7 @@ class SiteProbe:
         self,
         site: SiteName,
         *,
-        layers: Collection[int] | None = None,
+        layers: Layers = None,
         heads: Collection[int] | None = None,
         rows: Rows = "all",
         to: torch.device | str | None = None,

@@ -21,11 +21,8 @@ def bound(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Arguments of a call by name, the extra keywords among them."""
-    named = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(named.pop(name, {}))
-    return named
+    # names of positional arguments; a call that does not fit is the module's own to refuse
+    return {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
 
 
 def given_tokens(given: dict[str, Any]) -> Tensor | None:

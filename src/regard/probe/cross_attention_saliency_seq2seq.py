@@ -1,9 +1,4 @@
-"""Cross-attention of a transformers encoder-decoder against occlusion and gradient saliency.
-
-``regard.watch`` reads self-attention. The cross-attention maps are asked of the model itself
-(``output_attentions``), which transformers gives with eager attention only: for that one pass the
-model is switched to it, and back again.
-"""
+"""Cross-attention of a transformers encoder-decoder against occlusion and gradient saliency."""
 
 from __future__ import annotations
 
@@ -16,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.patching import watch
 from ..models.progress import Progress
+from ..models.site_probe import SiteProbe
 from ..models.table import Table
 from .cross_attention_saliency import (
     Distributions,
@@ -64,13 +61,10 @@ def cross_attention_maps(model: Any, ids: Tensor, decoder_ids: Tensor) -> Tensor
             f"cross_attention_maps: {type(model).__name__} is no encoder-decoder; take the source's "
             "columns of its self-attention, regard.models.MapsProbe"
         )
-    with torch.no_grad(), _evaluated(model), _eager(model):
-        found = model(
-            input_ids=ids, decoder_input_ids=decoder_ids, output_attentions=True, use_cache=False
-        ).cross_attentions
-    if not found:
-        raise ValueError(f"cross_attention_maps: {type(model).__name__} gave no cross-attention")
-    return torch.stack(found, 1)
+    probe = SiteProbe("weights")
+    with torch.no_grad(), _evaluated(model), watch(model, probe, attention="cross"):
+        model(input_ids=ids, decoder_input_ids=decoder_ids, use_cache=False)
+    return torch.stack(list(probe.result()[0].values()), 1)
 
 
 def from_embeddings(model: Any, decoder_ids: Tensor) -> Distributions:
@@ -156,20 +150,6 @@ def cross_attention_saliency(
     columns = ("maps", "layer", "head", "rho_input", "rho_encoder", "rho_gradient")
     table = Table(columns, tuple(rows))
     return CrossAttentionSaliency(table, attention, *maps)
-
-
-@contextmanager
-def _eager(model: Any) -> Iterator[None]:
-    """The model with eager attention, which hands its weights out."""
-    before = model.config._attn_implementation
-    if before == "eager":
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextmanager

@@ -208,13 +208,12 @@ class DualStream(Method):
 
     def edits(self) -> Sequence[Edit]:
         """One edit of the scores of rows that predict the answer."""
-        return [Edit("logits", self._boost, layers=self.layers, rows="answer")]
+        layers = _from_the_third if self.layers is None else self.layers
+        return [Edit("logits", self._boost, layers=layers, rows="answer")]
 
     def _boost(self, scores: Tensor, site: Site) -> Tensor:
         call = site.call
         assert call is not None
-        if self.layers is None and site.layer < 2:
-            return scores
         if site.spans is None:
             raise ValueError(
                 f"DualStream: no span {self.image!r} was declared; give "
@@ -236,6 +235,10 @@ class DualStream(Method):
         summary = _among(columns, tokens, self.summary or ())
         local = image & ~summary if self.local is None else _among(columns, tokens, self.local)
         return image, local | summary, self.alpha * local + self.beta * summary
+
+
+def _from_the_third(depth: int) -> range:
+    return range(2, depth)
 
 
 def _among(columns: Tensor, tokens: Tensor, given: Sequence[int] | Tensor) -> Tensor:

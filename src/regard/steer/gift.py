@@ -134,25 +134,28 @@ class GIFT(Method):
 
     def edits(self) -> Sequence[Edit]:
         """A reader in the setup layers, unless sigma is given, and an edit of the answering rows."""
-        enhance = Edit("weights", self._enhance, layers=self.layers, rows="answer")
+        layers = self._layers if self.layers is None else self.layers
+        enhance = Edit("weights", self._enhance, layers=layers, rows="answer")
         if self.sigma is not None:
             return [enhance]
-        rows = GazeRows(self.query)
-        return [Edit("weights", self._look, layers=self.setup, rows=rows, observes=True), enhance]
+        look = Edit(
+            "weights",
+            self._look,
+            layers=self._setup_layers,
+            rows=GazeRows(self.query),
+            observes=True,
+        )
+        return [look, enhance]
 
     def _look(self, weights: Tensor, site: Site) -> Tensor:
-        assert site.call is not None
-        if site.layer in self._setup_layers(site.call):
-            heat = gaze_of_layer(weights, site, self.image, self.query, self.words)
-            if heat is not None:
-                site.cache_store["heat", site.layer] = heat
+        heat = gaze_of_layer(weights, site, self.image, self.query, self.words)
+        if heat is not None:
+            site.cache_store["heat", site.layer] = heat
         return weights
 
     def _enhance(self, weights: Tensor, site: Site) -> Tensor:
         call = site.call
         assert call is not None
-        if self.layers is None and site.layer not in self._layers(call):
-            return weights
         if site.spans is None:
             raise ValueError(
                 f"GIFT: the spans {self.image!r} and {self.query!r} were not declared; give "
@@ -182,7 +185,7 @@ class GIFT(Method):
             return self.sigma
         known = site.cache_store.get("sigma")
         if known is None:
-            wanted = self._setup_layers(call)
+            wanted = self._setup_layers(_depth(call))
             heats = [site.cache_store.get(("heat", layer)) for layer in wanted]
             if any(heat is None for heat in heats):
                 if call.decoding and call.n == 1:
@@ -198,12 +201,12 @@ class GIFT(Method):
         found: Tensor = known
         return found
 
-    def _setup_layers(self, call: AttentionCall) -> list[int]:
-        return [round(_depth(call) * 11 / 32)] if self.setup is None else list(self.setup)
+    def _setup_layers(self, depth: int) -> list[int]:
+        return [round(depth * 11 / 32)] if self.setup is None else list(self.setup)
 
-    def _layers(self, call: AttentionCall) -> range:
-        last = min(round(_depth(call) * 22 / 32), _depth(call) - 1)
-        return range(max(self._setup_layers(call)) + 1, last + 1)
+    def _layers(self, depth: int) -> range:
+        last = min(round(depth * 22 / 32), depth - 1)
+        return range(max(self._setup_layers(depth)) + 1, last + 1)
 
 
 def _depth(call: AttentionCall) -> int:

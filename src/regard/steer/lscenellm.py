@@ -53,7 +53,8 @@ class LSceneLLM(Method):
 
     It edits the rows from the text's start on, generated ones included, in the layers after ``first``;
     earlier rows, and so the scene's keys and values, stay as they are. Selections live for one pass, so
-    that decoding over the cache is what one pass computes, for beams too.
+    that decoding over the cache is what one pass computes, for beams too. The dense keys and values of
+    each layer are kept with the cache.
 
     Attributes:
         dense: features ``(V, n, C)``, or ``(B, V, n, C)`` for each sequence its own, in the space of
@@ -119,12 +120,20 @@ class LSceneLLM(Method):
         )
         selected = call.store.get("selected")
         if selected is not None:
-            k, v = self._open(call, columns)
+            k, v = self._kept(call, columns)
             rows = magnify(out[:, :, behind:], lse, q, k, v, selected, self.alpha, call.scale)
             out = torch.cat([out[:, :, :behind], rows], 2)
         weights = scene_weights(q, call.k[:, :, columns], lse, call.scale)
         call.store["selected"] = select_scene(weights, self.threshold)
         return out
+
+    def _kept(self, call: AttentionCall, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`_open` gives, kept with the KV cache: it is the same in every step."""
+        key = "dense", call.layer, call.q.shape[0]
+        if key not in call.cache_store:
+            call.cache_store[key] = self._open(call, columns)
+        found: tuple[Tensor, Tensor] = call.cache_store[key]
+        return found
 
     def _open(self, call: AttentionCall, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Dense keys, rotated to the places of their scene tokens, and values ``(B, Hkv, Vn, D)``."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from regard.card import Card
 
 from ..models.calls import Pass
-from ..models.edit import After, Edit, Site
+from ..models.edit import After, Edit, Layers, Site
 from ..models.method import Method
 from ..models.moves import move
 from ..models.spans import Spans
@@ -175,10 +175,11 @@ class VAR(Method):
 
     def edits(self) -> Sequence[Edit]:
         """A reader of the layers' inputs, and an edit of the weights of rows after the image."""
-        before = None if self.layers is None else [layer - 1 for layer in self.layers]
+        layers: Layers = _from_the_third if self.layers is None else self.layers
+        before: Layers = _before_it if self.layers is None else [at - 1 for at in self.layers]
         return [
             Edit("resid", self._find, layers=before, rows=_of_prompt, observes=True),
-            Edit("weights", self._redistribute, layers=self.layers, rows=After(self.image)),
+            Edit("weights", self._redistribute, layers=layers, rows=After(self.image)),
         ]
 
     def save(self, path: str | Path) -> None:
@@ -215,8 +216,6 @@ class VAR(Method):
         return hidden
 
     def _redistribute(self, weights: Tensor, site: Site) -> Tensor:
-        if self.layers is None and site.layer < 2:
-            return weights
         call = site.call
         assert call is not None and site.spans is not None
         found = site.cache_store.get(("sinks", site.layer))
@@ -254,3 +253,11 @@ def _of_prompt(rows: Tensor, passing: Pass, spans: Spans | None) -> Tensor:
     """Rows of the prompt, however many passes it is read in."""
     stop = passing.prompt if spans is None or spans.length is None else spans.length
     return rows < stop
+
+
+def _from_the_third(depth: int) -> range:
+    return range(2, depth)
+
+
+def _before_it(depth: int) -> range:
+    return range(1, depth - 1)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from regard.card import Card
 
-from ..models.calls import AttentionCall, Pass
-from ..models.edit import Edit, Rows, Site
+from ..models.calls import Pass
+from ..models.edit import Edit, Layers, Rows, Site
 from ..models.method import Method
 from ..models.spans import Spans
 
@@ -144,13 +144,14 @@ class VHR(Method):
     def edits(self) -> Sequence[Edit]:
         """A reader of the prompt's last row, unless heads are given, and an edit of heads."""
         if self.heads is None:
-            read = Edit("weights", self._choose, layers=self.layers, rows=_asking, observes=True)
-            scale = Edit("heads", self._reinforce, layers=self.layers, rows="answer")
+            layers: Layers = default_layers if self.layers is None else self.layers
+            read = Edit("weights", self._choose, layers=layers, rows=_asking, observes=True)
+            scale = Edit("heads", self._reinforce, layers=layers, rows="answer")
             return [read, scale]
         some = self.heads.reshape(-1, *self.heads.shape[-2:])
-        layers = some.any(0).any(-1).nonzero().flatten().tolist()
+        chosen = some.any(0).any(-1).nonzero().flatten().tolist()
         rows: Rows = "answer" if self.rows == "answer" else "all"
-        return [Edit("heads", self._reinforce, layers=layers, rows=rows)]
+        return [Edit("heads", self._reinforce, layers=chosen, rows=rows)]
 
     def save(self, path: str | Path) -> None:
         """Write the heads (safetensors) and the knobs (JSON in its header).
@@ -185,10 +186,6 @@ class VHR(Method):
         """Heads of one layer, from the prompt's last row ``(B, H, 1, M)`` and its values."""
         call = site.call
         assert call is not None
-        if self.layers is None and site.layer not in default_layers(_depth(call)):
-            none = torch.zeros(weights.shape[:2], dtype=torch.bool, device=weights.device)
-            site.cache_store["heads", site.layer] = none
-            return weights
         if site.spans is None:
             raise ValueError(
                 f"VHR: no span {self.image!r} was declared; give "
@@ -224,14 +221,6 @@ class VHR(Method):
             raise ValueError(f"VHR: heads are for {known} sequences, the batch has {batch}")
         chosen = chosen.repeat_interleave(batch // known, 0)  # beams of a sequence stand together
         return torch.where(chosen[:, None, :, None], self.alpha * z, z)
-
-
-def _depth(call: AttentionCall) -> int:
-    """Number of layers of the decoder."""
-    config = getattr(call.module, "config", None)
-    if config is None:
-        raise ValueError("VHR: the model's depth is not known; give layers")
-    return int(config.num_hidden_layers)
 
 
 def _stop(passing: Pass, spans: Spans | None) -> int:

@@ -142,8 +142,11 @@ class CMAI(Method):
             return []
         return [
             Edit("weights", self._read, layers=[self.source], rows=self._rows, observes=True),
-            Edit("logits", self._inhibit, rows=self._rows),
+            Edit("logits", self._inhibit, layers=self._later, rows=self._rows),
         ]
+
+    def _later(self, depth: int) -> range:
+        return range(self.source + 1, depth)
 
     def _rows(self, rows: Tensor, passing: Pass, spans: Spans | None) -> Tensor:
         if spans is None:
@@ -200,8 +203,18 @@ class CMAI(Method):
 
     def _inhibit(self, scores: Tensor, site: Site) -> Tensor:
         found = site.store.get("blocked")
-        if site.layer <= self.source or found is None:
+        if found is None:
             return scores
+        assert site.call is not None
+        if site.call.n > 1:
+            return scores.masked_fill(self._hidden(scores, site, found), -torch.inf)
+        key = "hidden", site.call.own.offset, site.call.m
+        if key not in site.store:  # the same in all layers
+            site.store[key] = self._hidden(scores, site, found)
+        return scores.masked_fill(site.store[key], -torch.inf)
+
+    def _hidden(self, scores: Tensor, site: Site, found: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Keys off the focus, bool ``(B, 1, R, M)``."""
         assert site.call is not None
         rows = torch.cat([part for part, _ in found])
         blocked = torch.cat([part for _, part in found], 1)
@@ -209,4 +222,4 @@ class CMAI(Method):
         image = self._columns(site, self.image, site.call.m + site.call.own.offset)
         hidden = torch.zeros_like(scores[:, :1], dtype=torch.bool)
         hidden[..., image] = blocked[:, place.to(blocked.device)][:, None].to(scores.device)
-        return scores.masked_fill(hidden, -torch.inf)
+        return hidden
