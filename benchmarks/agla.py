@@ -11,13 +11,15 @@ Its cost: twice the tokens.
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regard.bench.timing import row
-from regard.steer.agla import AssembleLogits, assemble_logits
+from regard.models import patch
+from regard.steer.agla import AGLA, assemble_logits
 from regard.steer.agla_text import mask_context, text_relevance
 
 from . import main
@@ -35,10 +37,11 @@ def growth(steps: tuple[int, ...] = (4, 8, 16)) -> list[dict[str, Any]]:
     shares = []
     for count in steps:
         sizes = []
-        for processors in ([AssembleLogits(small, ids)], []):
+        for steered in (patch(small, AGLA(small, ids)), nullcontext()):
             tokens.clear()
             long = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-            small.generate(ids, logits_processor=processors, **long)
+            with steered:
+                small.generate(ids, **long)
             sizes.append(sum(tokens))
         shares.append(sizes[0] / sizes[1])
     told = ", ".join(f"{x:.2f}" for x in shares)

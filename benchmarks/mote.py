@@ -16,14 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from regard.bench.timing import row
-from regard.models import random_heads
-from regard.steer.mote import (
-    Mode,
-    behaviour_score,
-    resonance_table,
-    routing_map,
-    tune_experts,
-)
+from regard.models import patch, random_heads
+from regard.steer.mote import TunedExperts
+from regard.steer.mote_resonance import behaviour_score, resonance_table, routing_map
+from regard.steer.mote_route import Mode
 
 from . import main
 from .counted import slope
@@ -63,7 +59,7 @@ def growth(sizes: tuple[int, ...] = (32, 64, 128, 256)) -> list[dict[str, Any]]:
         for n in sizes:
             ids = torch.arange(n)[None] % (2 * WORDS)
             plain.append(_pairs(model, ids))
-            with tune_experts(model, off=[(0, 1), (1, 2)], on=[(1, 3)], mode=mode):
+            with patch(model, TunedExperts([(0, 1), (1, 2)], [(1, 3)], mode)):
                 work.append(_pairs(model, ids))
         told = (
             f"grow as N^{slope(sizes, work):.2f}: {work[0]:,} to {work[-1]:,} pairs of token and "
@@ -151,7 +147,7 @@ def train(steps: int = 300) -> list[dict[str, Any]]:
 def _change(
     model: Any, held: list[Tensor], base: list[float], off: list[tuple[int, int]], mode: Mode
 ) -> list[float]:
-    with tune_experts(model, off=off, mode=mode):
+    with patch(model, TunedExperts(off, mode=mode)):
         return [_loss(model, x) - was for x, was in zip(held, base, strict=True)]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
+from .bench.method_text import commas, leading
 from .cli_parts import console, existing, in_a_folder, print_json, progress_bar, status
 
 if TYPE_CHECKING:
@@ -76,11 +77,13 @@ def _app() -> Any:
     for command in (doctor, catalog, picture, compare):
         app.command()(command)
     from . import cli_bench
+    from .cli_calibrate import calibrate
     from .cli_inspect import inspect
     from .cli_steer import steer
 
     app.command()(inspect)
     app.command()(steer)
+    app.command()(calibrate)
     app.add_typer(cli_bench.app(), name="bench")
     return app
 
@@ -181,7 +184,11 @@ def compare(
     ] = False,
     length: Annotated[int, typer.Option(help="Number of tokens.", min=16)] = 4096,
     methods: Annotated[
-        str, typer.Option(help="Names such as window:512, or masks; commas.")
+        str,
+        typer.Option(
+            help="Names such as window:512, masks, or steering methods such as gift(alpha=3.0); "
+            "commas."
+        ),
     ] = "full,window,streaming",
     seed: Annotated[int, typer.Option(help="Seed of the needles and tasks.")] = 0,
     tasks: Annotated[
@@ -191,6 +198,11 @@ def compare(
     html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
 ) -> None:
     """Swap a language model's attention for several mechanisms; compare quality, speed, memory.
+
+    Steering methods (regard steer --methods) take settings in brackets and need parts of a prompt. The
+    first half of the text is their prompt, the second half the answer; of a prompt the first three
+    quarters are the image, the rest is the text. With one of them, perplexity and agreement of every
+    method are those of the answer.
 
     Example: regard compare --sample --methods full,window,streaming --html report.html
     """
@@ -225,20 +237,25 @@ def compare(
 
 
 def _methods(text: str) -> tuple[str | Mask, ...]:
-    """Names and masks, separated by the commas outside of brackets."""
+    """Names and masks, separated by the commas outside of brackets. What has brackets is a mask,
+    unless the word before the first one is, or is nearly, the name of a steering method. Those are
+    written small, masks are not."""
+    from difflib import get_close_matches
+
+    from .catalog import cards
     from .report.mask_text import parse_mask
 
-    parts, depth = [""], 0
-    for sign in text:
-        depth += (sign in "([") - (sign in ")]")
-        if sign == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    names = [part.strip() for part in parts if part.strip()]
+    names = commas(text)
     if not names:
         raise ValueError("compare: --methods names no method")
-    return tuple(parse_mask(name) if "(" in name else name for name in names)
+    steering = [key for key, card in cards().items() if card.family == "steer"]
+
+    def is_mask(name: str) -> bool:
+        word = leading(name)
+        steers = word.islower() and get_close_matches(word, steering, n=1)
+        return "(" in name and not steers
+
+    return tuple(parse_mask(name) if is_mask(name) else name for name in names)
 
 
 def _missing(module: str) -> str:

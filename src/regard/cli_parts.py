@@ -20,6 +20,15 @@ def existing(path: Path, command: str) -> Path:
     return path
 
 
+def text_or_file(text: str, command: str) -> str:
+    """The text, or that of ``@FILE``."""
+    if not text.startswith("@"):
+        return text
+    from .bench.text import read_text
+
+    return read_text(existing(Path(text[1:]), command))
+
+
 def in_a_folder(path: Path, command: str) -> None:
     """Raise unless a file can be written there."""
     if not path.absolute().parent.is_dir():
@@ -46,7 +55,9 @@ def progress_bar() -> Iterator[Any]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
+    screen = console(stderr=True)
+    # Where nobody watches, a bar would leave an empty line.
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 
         def advance(words: str, done: int, total: int) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_parts import console, in_a_folder, print_json, progress_bar
+from .cli_parts import console, in_a_folder, print_json, progress_bar, text_or_file
 
 
 def steer(
@@ -58,7 +58,7 @@ def steer(
             chosen,
             prompt,
             name=method,
-            context=None if context is None else _context(context),
+            context=None if context is None else text_or_file(context, "steer"),
             role=role,
             model=model,
             tokens=tokens,
@@ -76,13 +76,3 @@ def steer(
         console().print(steer_table(result))
     if html is not None:
         print(f"page written to {html}", file=sys.stderr)
-
-
-def _context(text: str) -> str:
-    """The text, or that of ``@FILE``."""
-    if not text.startswith("@"):
-        return text
-    from .bench.text import read_text
-    from .cli_parts import existing
-
-    return read_text(existing(Path(text[1:]), "steer"))

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from regard import Causal, Dense, Keys, PerHead, Sinks, SlidingWindow
+from regard import Causal, Dense, Full, Keys, PerHead, Sinks, SlidingWindow
 from regard.core import stat_walk
 from regard.core.bias import ALiBi, DenseBias, LowRankBias
 from regard.core.layout import BlockLayout
@@ -424,3 +424,18 @@ def test_output_of_the_same_pass(heads, perm, kv_heads):
     agree(plain, {"out": want @ wide})
     with pytest.raises(ValueError, match="a divisor of 4"):
         attention_stats(q, k, [Output(v[:, :, :5])])
+
+
+def test_pooled_of_more_queries_than_keys():
+    """Positions of the first queries are negative; cross-attention has such rows."""
+    q, k = torch.randn(1, 2, 11, 8).double(), torch.randn(1, 2, 4, 8).double()
+    weights = torch.softmax(q @ k.mT * 8**-0.5, -1)
+    found = attention_stats(q, k, [Pooled(1, rows=(-7, 4))], mask=Full())["pooled"]
+    torch.testing.assert_close(found, weights)
+    part = attention_stats(q, k, [Pooled(2, rows=(-5, 0), cols=(1, 3))], mask=Full())["pooled"]
+    rows = torch.stack(
+        [weights[:, :, 2:4].mean(2), weights[:, :, 4:6].mean(2), weights[:, :, 6]], 2
+    )
+    torch.testing.assert_close(part[..., 0], rows[..., 1:3].sum(-1))
+    with pytest.raises(ValueError, match=r"cols must start at 0 or later, got \(-1, 3\)"):
+        Pooled(1, cols=(-1, 3))

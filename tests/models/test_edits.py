@@ -285,3 +285,105 @@ def test_spans():
         Spans.of(a=(0, 1)).positions("generated", 5)
     with pytest.raises(ValueError, match="is everything after the prompt"):
         Spans.of(generated=(1, 2))
+
+
+@torch.no_grad()
+def test_layers_as_a_function_of_the_depth():
+    model, x = make("llama"), ids(1, 9)
+    seen = []
+
+    def note(y, at):
+        seen.append(at.layer)
+        return y
+
+    upper = Edits(Edit("weights", note, layers=lambda depth: range(depth // 2, depth)))
+    with regard.patch(model, upper):
+        model(x)
+    assert seen == [2, 3]
+    beyond = Edits(Edit("resid", note, layers=lambda depth: [depth]))
+    with (
+        pytest.raises(ValueError, match=r"layers \[4\], but the model has 4"),
+        regard.patch(model, beyond),
+    ):
+        pass
+
+
+@torch.no_grad()
+def test_a_function_may_change_what_it_is_given():
+    """In place or not: the model sees what is returned, observers are given copies."""
+    model, x = make("llama"), ids(2, 9)
+    expected = model(x).logits
+
+    def double(y, at):
+        return y.mul_(2)
+
+    def twice(y, at):
+        return y * 2
+
+    for site in ("logits", "weights", "heads", "resid"):
+        found = []
+        for fn in (double, twice):
+            with regard.patch(model, Edits(Edit(site, fn))):
+                found.append(model(x).logits)
+        assert torch.equal(*found)
+        assert not torch.allclose(found[0], expected, atol=1e-4)
+        with regard.watch(model, Spoiler(site)):
+            torch.testing.assert_close(model(x).logits, expected, **TOLERANCE)
+
+
+class Spoiler:
+    """Observes, and spoils what it is given."""
+
+    def __init__(self, site: str) -> None:
+        self.edit = Edit(site, lambda y, at: y.zero_(), observes=True)
+
+    def observers(self):
+        return [self.edit]
+
+    def result(self):
+        return None
+
+
+class Scaled(Method):
+    """Hooks of its own: key projections of its layers, in decoding steps only."""
+
+    def hooks(self, inside):
+        self.steps = 0
+
+        def scale(module, args, out):
+            store = inside.passing().cache_store(inside.owner)
+            store["passes"] = store.get("passes", 0) + 1
+            if inside.passing().past == 0:
+                return out
+            self.steps += 1
+            return 0.5 * out
+
+        return [sites.core.k_proj.register_forward_hook(scale) for sites in inside.layers.values()]
+
+
+@torch.no_grad()
+def test_hooks_of_a_method():
+    model, x = make("llama"), ids(1, 9)
+    expected = model(x).logits
+    cache = model(x[:, :8], use_cache=True).past_key_values
+    method = Scaled()
+    with regard.patch(model, method, layers=[1, 3]):
+        torch.testing.assert_close(model(x).logits, expected)
+        assert method.steps == 0
+        stepped = model(x[:, 8:], past_key_values=cache).logits
+    assert method.steps == 2
+    assert not torch.allclose(stepped, expected[:, 8:], atol=1e-5)
+    assert torch.equal(model(x).logits, expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_hooks_that_fail_leave_nothing():
+    class Broken(Method):
+        def hooks(self, inside):
+            raise ValueError("no router here")
+
+    model = make("llama")
+    with pytest.raises(ValueError, match="no router here"), regard.patch(model, Broken()):
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model.config._attn_implementation != "regard"

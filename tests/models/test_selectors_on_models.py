@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -73,6 +75,13 @@ def test_prefill_or_decoding_alone():
         found = model(x[:, :1], past_key_values=cache).logits
     cache.crop(-1)
     torch.testing.assert_close(found, model(x[:, :1], past_key_values=cache).logits, **TOLERANCE)
+    cache.crop(-1)
+    # a question of few tokens is no prefill either
+    plain = model(x[:, :6], past_key_values=copy.deepcopy(cache)).logits
+    for few, same in ((6, True), (5, False)):
+        with regard.patch(model, SelectMethod(Streaming(2, 4), decode=False, few=few)):
+            found = model(x[:, :6], past_key_values=copy.deepcopy(cache)).logits
+        assert torch.allclose(found, plain, **TOLERANCE) == same
     with regard.patch(model, Streaming(2, 4), layers=[]):
         torch.testing.assert_close(model(x).logits, dense, **TOLERANCE)
 
@@ -87,7 +96,7 @@ def test_first_layers_may_stay_dense():
     plain = model(x).logits
     with regard.patch(model, SelectMethod(Streaming(2, 4), first=4)):
         torch.testing.assert_close(model(x).logits, plain, **TOLERANCE)
-    with pytest.raises(ValueError, match="first must be a layer >= 0, got -1"):
+    with pytest.raises(ValueError, match="first must be a layer >= 0 and few >= 1, got -1 and 1"):
         SelectMethod(Streaming(), first=-1)
 
 

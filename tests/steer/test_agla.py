@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from benchmarks import agla as benchmark
 from tests.golden import adapter, load
 from tests.models.tiny import ids, left_padding, make
 from tests.steer.tiny_vlm import VLMS
+from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 import regard
 from regard.models import Spans, capture
-from regard.steer.agla import AssembleLogits, assemble_logits, keep_most_relevant, relevance_mask
+from regard.steer.agla import AGLA, assemble_logits, keep_most_relevant, relevance_mask
 from regard.steer.agla_text import mask_context, text_relevance
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
@@ -88,14 +90,12 @@ def test_both_caches_follow_the_chosen_tokens(kind, how):
         hole[0, 3:6], hole[1, 4:9] = 0, 0
         masked = {"input_ids": x, "attention_mask": hole}
     want, scores = by_hand(model, x, masked, 2.0, 0.1, 4)
-    branch = AssembleLogits(model, masked, 2.0, 0.1)
-    for _ in range(2):  # the same prompt may be begun again
-        out = model.generate(
-            x, logits_processor=[branch], output_scores=True, return_dict_in_generate=True, **GREEDY
-        )
-        assert torch.equal(out.sequences, want)
-        for got, one in zip(out.scores, scores, strict=True):
-            torch.testing.assert_close(got, one, atol=1e-4, rtol=1e-4)
+    with regard.patch(model, AGLA(model, masked, 2.0, 0.1)):
+        for _ in range(2):  # the same prompt may be begun again
+            out = model.generate(x, output_scores=True, return_dict_in_generate=True, **GREEDY)
+            assert torch.equal(out.sequences, want)
+            for got, one in zip(out.scores, scores, strict=True):
+                torch.testing.assert_close(got, one, atol=1e-4, rtol=1e-4)
     assert not torch.equal(model.generate(x, **GREEDY), want)
 
 
@@ -104,11 +104,124 @@ def test_alpha_zero_is_greedy_and_leaves_the_model():
     model, x = make("llama"), ids(2, 14)
     before, plain = model(x).logits, model.generate(x, **GREEDY)
     for beta in (0.0, 0.5, 1.0):
-        branch = AssembleLogits(model, x[:, 4:], 0.0, beta)
-        assert torch.equal(model.generate(x, logits_processor=[branch], **GREEDY), plain)
-    only = AssembleLogits(model, x[:, 4:], 9.0, 1.0)  # the cut leaves the argmax alone
-    assert torch.equal(model.generate(x, logits_processor=[only], **GREEDY), plain)
+        with regard.patch(model, AGLA(model, x[:, 4:], 0.0, beta)):
+            assert torch.equal(model.generate(x, **GREEDY), plain)
+    only = AGLA(model, x[:, 4:], 9.0, 1.0)  # the cut leaves the argmax alone
+    with regard.patch(model, only):
+        assert torch.equal(model.generate(x, **GREEDY), plain)
     assert torch.equal(model(x).logits, before)
+    with pytest.raises(RuntimeError, match="in the middle"), regard.patch(model, only):
+        model(x)
+        raise RuntimeError("in the middle")
+    assert torch.equal(model(x).logits, before)
+
+
+@torch.no_grad()
+def test_rows_of_a_pass_crops_and_copies():
+    """Of the prompt the last row changes only, then every row; the branch goes where the cache goes."""
+    model, x = make("llama"), ids(2, 14)
+    plain, close = model(x).logits, {"atol": 1e-4, "rtol": 1e-4}
+    # The branch's prompt lacks two tokens; what follows the prompt is the same.
+    want = plain + model(torch.cat([x[:, :3], x[:, 5:]], 1)).logits[:, [0] * 2 + [*range(12)]]
+    masked = torch.cat([x[:, :3], x[:, 5:10]], 1)
+    for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=20)):
+        with regard.patch(model, AGLA(model, masked, 1.0, 0.0)):
+            first = model(x[:, :10], past_key_values=cache).logits
+            torch.testing.assert_close(first[:, :9], plain[:, :9], **close)
+            torch.testing.assert_close(first[:, 9], want[:, 9], **close)
+            more = model(x[:, 10:], past_key_values=cache).logits
+            torch.testing.assert_close(more, want[:, 10:], **close)
+            if isinstance(cache, DynamicCache):
+                cache.crop(-3)
+                copies = [regard.models.fork(model, cache), deepcopy(cache), cache]
+                for copy in copies:
+                    again = model(x[:, 11:], past_key_values=copy).logits
+                    torch.testing.assert_close(again, want[:, 11:], **close)
+            cache.reset()
+            assert torch.equal(model(x[:, :10], past_key_values=cache).logits, first)
+
+
+@torch.no_grad()
+def test_beams_and_drafts():
+    """Beams against the same search without any cache, and drafts against none."""
+    model, x = make("llama"), ids(2, 10)
+    hidden = left_padding(2, 10, 3)  # padding of the branch alone: rows that differ
+    places = (hidden.cumsum(-1) - 1).clamp(min=0)
+    masked = {"input_ids": x, "attention_mask": hidden, "position_ids": places}
+    beams = {"max_new_tokens": 8, "num_beams": 6, "num_return_sequences": 6, "eos_token_id": None}
+    one, reordered, reorder = AGLA(model, x[:1, 4:], 1.0, 0.1), [], DynamicCache.reorder_cache
+
+    def count(cache, order):
+        reordered.append(order.tolist() != list(range(len(order))))
+        return reorder(cache, order)
+
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        regard.patch(model, AGLA(model, masked, 1.0, 0.0)),
+    ):
+        patched.setattr(DynamicCache, "reorder_cache", count)
+        got = model.generate(x, **beams)
+    assert any(reordered), "no beam overtook another: the test shows nothing"
+    want = model.generate(x, logits_processor=[Uncached(model, x, hidden)], **beams)
+    assert torch.equal(got, want)
+    assert not torch.equal(got, model.generate(x, **beams))
+    with regard.patch(model, one):
+        slow = model.generate(x[:1], **GREEDY)
+        assert torch.equal(model.generate(x[:1], prompt_lookup_num_tokens=3, **GREEDY), slow)
+
+
+class Uncached(LogitsProcessor):
+    """What beam search should be told, from two passes over everything."""
+
+    def __init__(self, model, masked, mask):
+        self.model, self.masked, self.mask = model, masked, mask
+
+    def __call__(self, tokens, scores):
+        each = tokens.shape[0] // self.masked.shape[0]
+        new = tokens[:, self.masked.shape[1] :]
+        short = torch.cat([self.masked.repeat_interleave(each, 0), new], 1)
+        hidden = self.mask.repeat_interleave(each, 0)
+        hidden = torch.cat([hidden, torch.ones_like(new)], 1)
+        plain = self.model(tokens, use_cache=False).logits[:, -1]
+        places = (hidden.cumsum(-1) - 1).clamp(min=0)
+        aug = self.model(short, attention_mask=hidden, position_ids=places).logits[:, -1]
+        return assemble_logits(plain, aug, 1.0, 0.0).log_softmax(-1)
+
+
+@torch.no_grad()
+def test_sequences_change_places():
+    model, x = make("llama"), ids(2, 14)
+    mask = left_padding(2, 14, 3)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    given = {"input_ids": x, "attention_mask": mask, "position_ids": places}
+    # A cache that was repeated has no positions of its own for each row: the model's count.
+    plain = {"input_ids": x, "attention_mask": mask}
+    changes = [
+        (given, [1, 0], lambda cache: cache.reorder_cache(torch.tensor([1, 0]))),
+        (given, [1], lambda cache: cache.batch_select_indices(torch.tensor([1]))),
+        (plain, [0, 0, 1, 1], lambda cache: cache.batch_repeat_interleave(2)),
+    ]
+    for masked, order, change in changes:
+        want = model(x).logits + model(**masked).logits
+        method = AGLA(model, {name: part[:, :10] for name, part in masked.items()}, 1.0, 0.0)
+        with regard.patch(model, method):
+            cache = model(x[:, :10]).past_key_values
+            change(cache)
+            for part in (slice(10, 11), slice(11, 14)):
+                got = model(x[order, part], past_key_values=cache).logits
+                torch.testing.assert_close(got, want[order, part], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_other_patches_act_on_both_branches():
+    model, x = make("llama"), ids(2, 14)
+    heads = regard.models.HeadMask([(0, 1), (2, 3)])
+    with regard.patch(model, heads):
+        want = model(x).logits[:, -1] + model(x[:, 4:]).logits[:, -1]
+    method = AGLA(model, x[:, 4:], 1.0, 0.0)
+    for order in ((heads, method), (method, heads)):
+        with regard.patch(model, *order):
+            torch.testing.assert_close(model(x).logits[:, -1], want, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -120,11 +233,10 @@ def test_left_padding():
         "attention_mask": mask,
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
     }
-    both = model.generate(
-        x, attention_mask=mask, logits_processor=[AssembleLogits(model, masked, 1.0, 0.2)], **GREEDY
-    )
-    alone = AssembleLogits(model, x[1:, 3:], 1.0, 0.2)
-    want = model.generate(x[1:, 3:], logits_processor=[alone], **GREEDY)
+    with regard.patch(model, AGLA(model, masked, 1.0, 0.2)):
+        both = model.generate(x, attention_mask=mask, **GREEDY)
+    with regard.patch(model, AGLA(model, x[1:, 3:], 1.0, 0.2)):
+        want = model.generate(x[1:, 3:], **GREEDY)
     assert torch.equal(both[1, 3:], want[0])
 
 
@@ -134,14 +246,9 @@ def test_on_images(name):
     model, inputs, _ = VLMS[name]()
     pixels = inputs["pixel_values"]
     black = {**inputs, "pixel_values": pixels * relevance_mask(pixels[..., :1], 0.8)}
-    branch = AssembleLogits(model, black, 3.0, 0.01)
-    out = model.generate(
-        **inputs,
-        logits_processor=[branch],
-        output_scores=True,
-        return_dict_in_generate=True,
-        **GREEDY,
-    )
+    told = {"output_scores": True, "return_dict_in_generate": True}
+    with regard.patch(model, AGLA(model, black, 3.0, 0.01)):
+        out = model.generate(**inputs, **told, **GREEDY)
     whole = inputs["input_ids"]
     for step, got in enumerate(out.scores):  # every step against two passes without a cache
         tail = out.sequences[:, whole.shape[1] : whole.shape[1] + step]
@@ -153,6 +260,29 @@ def test_on_images(name):
         want = assemble_logits(plain, aug, 3.0, 0.01)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert not torch.equal(plain, aug)
+
+
+@torch.no_grad()
+def test_branch_without_the_image():
+    """Qwen-VL counts an image's positions by its grid, and keeps that shift on the model."""
+    model, inputs, _ = VLMS["qwen2_vl"]()
+    whole, close = inputs["input_ids"], {"atol": 1e-4, "rtol": 1e-4}
+    text = whole[:, -4:]
+    with regard.patch(model, AGLA(model, text, 3.0, 0.0)):
+        told = {"output_scores": True, "return_dict_in_generate": True}
+        out = model.generate(**inputs, **told, **GREEDY)
+    for step, got in enumerate(out.scores):
+        tail = out.sequences[:, whole.shape[1] : whole.shape[1] + step]
+        kinds = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tail).int()], 1)
+        full = {**inputs, "input_ids": torch.cat([whole, tail], 1), "mm_token_type_ids": kinds}
+        aug = model(input_ids=torch.cat([text, tail], 1)).logits[:, -1]
+        want = assemble_logits(model(**full).logits[:, -1], aug, 3.0, 0.0)
+        torch.testing.assert_close(got, want, **close)
+    model(**inputs)
+    shift = model.model.rope_deltas
+    with regard.patch(model, AGLA(model, text)):
+        model(**inputs)
+        assert shift.any() and torch.equal(model.model.rope_deltas, shift)
 
 
 def test_relevance_is_gradient_times_attention():
@@ -218,20 +348,32 @@ def test_cost_is_a_second_pass_a_token():
     assert "2.00 tokens" in benchmark.growth((2, 4, 8))[0]["note"]
 
 
-def running(first, then):
+def running(x, patched=None, before=0, **options):
+    model, cache = make("llama"), DynamicCache()
+    if before:
+        model(ids(2, before), past_key_values=cache)
+        options["past_key_values"] = cache
+    with regard.patch(patched or model, AGLA(model, ids(2, 8))):
+        (patched or model)(x, **options)
+
+
+def embedded():
     model, x = make("llama"), ids(2, 8)
-    branch = AssembleLogits(model, x)
-    branch(x[:first], torch.zeros(first, 64))
-    return branch(then, torch.zeros(len(then), 64))
+    with regard.patch(model, AGLA(model, x)):
+        cache = model(x).past_key_values
+        model(inputs_embeds=torch.zeros(2, 1, 32), past_key_values=cache)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: running(1, ids(2, 8)), "2 sequences, generate runs 1; beams"),
-        (lambda: running(2, ids(2, 9, seed=5)), "do not follow those of the last step"),
-        (lambda: AssembleLogits(make("llama"), {"pixel_values": 0}), "masked needs input_ids"),
-        (lambda: AssembleLogits(make("llama"), ids(1, 3), beta=2.0), "beta must lie in"),
+        (lambda: running(ids(3, 8)), "masked holds 2 sequences, the model runs 3"),
+        (lambda: running(ids(2, 8), use_cache=False), "follows the KV cache"),
+        (lambda: running(ids(2, 1), before=5), "holds 5 tokens that the second branch has not"),
+        (lambda: running(ids(2, 8), make("llama")), "another one than the patched model"),
+        (embedded, "give the chosen tokens as input_ids"),
+        (lambda: AGLA(make("llama"), {"pixel_values": 0}), "masked needs input_ids"),
+        (lambda: AGLA(make("llama"), ids(1, 3), beta=2.0), "beta must lie in"),
         (lambda: mask_context(ids(1, 14), torch.ones(1, 3), SPANS, 0.3), r"must be \(1, 7\)"),
         (
             lambda: text_relevance(

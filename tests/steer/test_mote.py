@@ -9,25 +9,28 @@ from benchmarks import mote as benchmark
 from tests.models.tiny import ids, left_padding
 from tests.models.tiny import make as make_tiny
 
-from regard.steer.mote import (
+import regard
+from regard.models import HeadMask
+from regard.steer.act import ACT
+from regard.steer.mote import TunedExperts
+from regard.steer.mote_resonance import (
     behaviour_score,
     find_routers,
     resonance_table,
-    route,
     routing_map,
-    tune_experts,
 )
+from regard.steer.mote_route import route
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 KINDS = ("qwen3_moe", "olmoe")
 
 
-def make(kind="qwen3_moe", norm=True, seed=0):
+def make(kind="qwen3_moe", norm=True, seed=0, depth=3):
     torch.manual_seed(seed)
     small = {
         "hidden_size": 32,
         "intermediate_size": 32,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": depth,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 64,
@@ -88,8 +91,11 @@ def test_in_a_model_it_is_the_routing(kind, mode):
         block = model.model.layers[2].mlp
         seen = []
         handle = block.register_forward_hook(lambda m, a, o, seen=seen: seen.append((a[0], o)))
-        plain = model(x).logits
-        with tune_experts(model, off=[(2, 1), (2, 3)], on=[(2, 0)], mode=mode):
+        before = model(x).logits
+        seen.clear()
+        with regard.patch(model, TunedExperts()):
+            plain = model(x).logits
+        with regard.patch(model, TunedExperts([(2, 1), (2, 3)], [(2, 0)], mode)):
             steered = model(x).logits
         handle.remove()
         hidden, out = seen[1]
@@ -99,16 +105,16 @@ def test_in_a_model_it_is_the_routing(kind, mode):
         weights, at = route(logits, 2, off=[1, 3], on=[0], mode=mode, norm=norm)
         torch.testing.assert_close(out.flatten(0, 1), block.experts(flat, at, weights))
         assert not torch.allclose(steered, plain, atol=1e-2)
-        assert torch.equal(model(x).logits, plain)
+        assert torch.equal(model(x).logits, before)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_identities(kind):
     model, x = make(kind), ids(2, 12)
-    plain, used = model(x).logits, routing_map(model, x, counts=True).sum(0)
-    with tune_experts(model):
-        assert torch.equal(model(x).logits, plain)
+    plain = model(x).logits
+    with regard.patch(model, TunedExperts()):
+        torch.testing.assert_close(model(x).logits, plain, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         find_routers(model)[2].weight[4] = 0
         find_routers(model)[2].weight[3] = 1e4 * find_routers(model)[2].weight[5]
@@ -118,7 +124,7 @@ def test_identities(kind):
     always = [(2, e) for e in range(6) if used[2, e] == 24]
     assert never or always
     for mode in ("drop", "mask"):
-        with tune_experts(model, off=never, on=always, mode=mode):
+        with regard.patch(model, TunedExperts(never, always, mode)):
             torch.testing.assert_close(model(x).logits, plain, atol=1e-5, rtol=1e-5)
 
 
@@ -158,9 +164,9 @@ def test_planted_expert_ranks_first_and_can_be_switched_off():
         assert resonance_table(score[:1], 1).rows[0][:2] == (0, 4)
     assert resonance_table(behaviour_score(maps, labels), 1).rows[0][:2] == (0, 4)
     for mode in ("drop", "mask"):
-        with tune_experts(model, off=[(0, 4)], mode=mode):
+        with regard.patch(model, TunedExperts([(0, 4)], mode=mode)):
             assert routing_map(model, x)[:, 0, 4].max() == 0
-    with tune_experts(model, on=[(0, 1)]):
+    with regard.patch(model, TunedExperts(on=[(0, 1)])):
         assert (routing_map(model, x, counts=True)[:, 0, 1] == 10).all()
 
 
@@ -171,7 +177,8 @@ def test_cached_is_uncached_padding_and_restoring(kind, mode):
     model, x = make(kind), ids(2, 12)
     before = model(x).logits
     off, on = [(0, 1), (2, 2)], [(2, 5)]
-    with tune_experts(model, off, on, mode):
+    method = TunedExperts(off, on, mode)
+    with regard.patch(model, method):
         whole = model(x).logits
         out = model(x[:, :8], use_cache=True)
         parts = [out.logits]
@@ -184,10 +191,84 @@ def test_cached_is_uncached_padding_and_restoring(kind, mode):
         assert torch.equal(both[1, 3:], alone[0])
     assert not torch.allclose(whole, before, atol=1e-3)
     assert torch.equal(model(x).logits, before)
-    with pytest.raises(RuntimeError, match="in the middle"), tune_experts(model, off, on, mode):
+    with pytest.raises(RuntimeError, match="in the middle"), regard.patch(model, method):
         model(x)
         raise RuntimeError("in the middle")
     assert torch.equal(model(x).logits, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("modes", [("drop", "drop"), ("mask", "mask"), ("drop", "mask")])
+def test_several_switch_together(kind, modes):
+    """One patch of two, nested patches, and either order switch what one method would, and a layer
+    left out of the patch is left alone."""
+    model, x = make(kind), ids(2, 12)
+    before = model(x).logits
+    one = TunedExperts([(0, 1), (2, 2)], mode=modes[0])
+    two = TunedExperts([(2, 3)], [(0, 5)], modes[1])
+    with regard.patch(model, one, two):
+        got, maps = model(x).logits, routing_map(model, x)
+    assert not maps[:, 0, 1].any() and not maps[:, 2, 2:4].any() and maps[:, 0, 5].all()
+    with regard.patch(model, two), regard.patch(model, one):
+        assert torch.equal(model(x).logits, got)
+    if modes[0] == modes[1]:
+        with regard.patch(model, TunedExperts([*one.off, *two.off], two.on, modes[0])):
+            assert torch.equal(model(x).logits, got)
+    with regard.patch(model, one):
+        alone = model(x).logits
+        with regard.patch(model, two):
+            assert not torch.allclose(model(x).logits, alone, atol=1e-3)
+        assert torch.equal(model(x).logits, alone)
+    with regard.patch(model, one, layers=[0]):
+        narrow = model(x).logits
+    with regard.patch(model, TunedExperts([(0, 1)], mode=modes[0])):
+        assert torch.equal(model(x).logits, narrow)
+    first, second = regard.patch(model, one), regard.patch(model, two)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # left out of order, the other stays
+    with regard.patch(model, TunedExperts()):
+        rest = model(x).logits
+    second.__exit__(None, None, None)
+    with regard.patch(model, two):
+        assert torch.equal(model(x).logits, rest)
+    assert torch.equal(model(x).logits, before)
+
+
+@torch.no_grad()
+def test_composes_with_other_sites():
+    model, x = make(), ids(2, 12)
+    method, heads = TunedExperts([(0, 1), (2, 2)]), HeadMask([(0, 1), (2, 3)])
+    with regard.patch(model, heads):
+        plain = model(x).logits
+    with regard.patch(model, heads, method):
+        both, maps = model(x).logits, routing_map(model, x)
+    with regard.patch(model, method, heads):
+        assert torch.equal(model(x).logits, both)
+    assert not maps[:, 0, 1].any() and not torch.allclose(both, plain, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["drop", "mask"])
+def test_beams_are_uncached_beams(mode):
+    model, x = make("olmoe"), ids(2, 8)
+    beams = {**GREEDY, "num_beams": 3}
+    plain = model.generate(x, **beams)
+    with regard.patch(model, TunedExperts([(0, 1), (1, 4), (2, 2)], mode=mode)):
+        got = model.generate(x, **beams)
+        assert torch.equal(got, model.generate(x, use_cache=False, **beams))
+    assert not torch.equal(got, plain)
+
+
+def test_file(tmp_path):
+    path = tmp_path / "experts.safetensors"
+    for method in (TunedExperts([(0, 1), (2, 3)], [(1, 5)], "mask"), TunedExperts()):
+        method.save(path)
+        assert TunedExperts.load(path) == method
+    ACT(heads=[(0, 1)]).save(path)
+    with pytest.raises(ValueError, match=r"was not written by TunedExperts\.save"):
+        TunedExperts.load(path)
 
 
 def test_cost_is_the_plain_models():
@@ -196,7 +277,16 @@ def test_cost_is_the_plain_models():
 
 
 def entered(model, **options):
-    with tune_experts(model, **options):
+    with regard.patch(model, TunedExperts(**options)):
+        pass
+
+
+def conflict():
+    model = make()
+    with (
+        regard.patch(model, TunedExperts([(0, 1)])),
+        regard.patch(model, TunedExperts(on=[(0, 1)])),
+    ):
         pass
 
 
@@ -208,6 +298,8 @@ def entered(model, **options):
         (lambda: entered(make(), off=[(0, 1)], on=[(0, 1)]), "both on and off"),
         (lambda: entered(make(), on=[(0, 1), (0, 2), (0, 3)]), "do not fit that"),
         (lambda: entered(make(), off=[(0, 1)], mode="cut"), "mode must be one of"),
+        (lambda: entered(make_tiny("llama")), "LlamaModel has no top-k router"),
+        (conflict, "both on and off"),
         (lambda: routing_map(make_tiny("llama"), ids(1, 4)), "no top-k router"),
         (
             lambda: behaviour_score(torch.ones(2, 1, 3), torch.ones(2).bool(), "x"),

@@ -8,22 +8,39 @@ from itertools import combinations
 import pytest
 import torch
 from tests.models.tiny import ids, make
+from tests.steer.test_mote import make as make_mixture
+from torch import nn
 
 import regard
 from regard.bench.steer_names import build, known
 from regard.catalog import find
 from regard.models import Method, Spans
+from regard.steer.agla import AGLA
+from regard.steer.alora_model import ALoRAAdapters
 
 # What methods need that have no default: numbers that fit the tiny model.
 NEEDED = {
+    "mote": ["off=[(0, 1), (2, 4)]", "on=[(2, 0)]"],
     "var": ["dims=(3,)", "tau=1.0"],
 }
+# What a method's own hooks change, where it has any.
+HOOKED = {"agla": "output", "alora": "projections", "mote": "router"}
 KNOWN = {row["name"]: row for row in known()}
 SPANS = Spans.of(20, image=(4, 8), text=(8, 14), documents=[(1, 3), (3, 4)])
 
 
 def made(name: str, model) -> Method | None:
     """The method, or ``None`` for one that needs tensors of its own."""
+    if name == "agla":
+        hidden = (torch.arange(20) < 3) | (torch.arange(20) > 5)
+        masked = {"input_ids": ids(1, 20), "attention_mask": hidden[None].long()}
+        return AGLA(model, masked, 1.0, 0.1)
+    if name == "alora":
+        torch.manual_seed(0)
+        adapters = ALoRAAdapters.of(model, r=4)
+        for adapter in adapters.adapters:
+            nn.init.normal_(adapter.B.weight, std=0.3)
+        return adapters
     row = KNOWN[name]
     needed = {key for key, default in row["settings"].items() if default is None}
     if needed == {"model"}:
@@ -34,10 +51,11 @@ def made(name: str, model) -> Method | None:
     return build(name, NEEDED.get(name, []))
 
 
-def sites(method: Method) -> set[str]:
-    """What a method reads or changes: sites of its edits, the mask, the attention itself."""
+def sites(name: str, method: Method) -> set[str]:
+    """What a method reads or changes: sites of its edits, its hooks, the mask, the attention itself."""
     found = {edit.site for edit in method.edits()}
     kind = type(method)
+    found |= {HOOKED[name]} if kind.hooks is not Method.hooks else set()
     found |= {"mask"} if kind.mask is not Method.mask else set()
     return found | ({"attend"} if kind.attend is not Method.attend else set())
 
@@ -60,7 +78,8 @@ def test_most_methods_are_in_it():
 @pytest.mark.parametrize(("first", "second"), list(combinations(KNOWN, 2)))
 @torch.no_grad()
 def test_pair(first, second):
-    model, x = make("llama"), ids(1, 20)
+    mixture = "mote" in (first, second)
+    model, x = make_mixture("olmoe", depth=4) if mixture else make("llama"), ids(1, 20)
     pair = [made(name, model) for name in (first, second)]
     if None in pair:
         # It needs tensors, which its own tests make.
@@ -73,7 +92,8 @@ def test_pair(first, second):
             with regard.patch(model, *order, spans=SPANS):
                 out = model.generate(x, max_new_tokens=3, min_new_tokens=3, do_sample=False)
         except ValueError:
-            assert not apart(*(sites(method) for method in pair)), "they touch different sites"
+            touched = map(sites, (first, second), pair)
+            assert not apart(*touched), "they touch different sites"
         else:
             assert out.shape == (1, 23)
         assert torch.equal(model(x).logits, plain)

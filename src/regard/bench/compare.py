@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ..core.stats import MassByDistance, MassOn
 from ..data import sample_text
-from ..models import StatsProbe, load, patch, watch
+from ..models import Method, Spans, StatsProbe, load, patch, watch
 from ..models.progress import Progress
+from .compare_table import table as table
 from .meter import Meter
 from .methods import SMOLLM2, Named, method
 from .quality import Prediction, ask, haystack, needles, predict, prefill
 from .selecting import Heads, How
+from .steer_spans import RULE, check_sites, looks_ahead, of_prompt, of_text, told, try_out
 from .tasks import suite
 from .text import read_text, tokens
 from .timing import PeakMemory, machine, synchronise
@@ -36,7 +38,7 @@ _LEAST = 192
 
 @dataclass(frozen=True)
 class _Job:
-    """What every method is measured on."""
+    """What every method is measured on; predictions count from the row ``first`` on."""
 
     model: Any
     tokenizer: Any
@@ -44,6 +46,7 @@ class _Job:
     hay: Tensor
     chores: Tensor | None
     seed: int
+    first: int
 
 
 def run(
@@ -61,20 +64,26 @@ def run(
         model: a name for :func:`regard.models.load`.
         text: a UTF-8 file, by default the sample text of the package.
         length: tokens to read.
-        methods: names (``window``, ``streaming:512``, ...), masks, selectors or methods. ``full`` is
-            always measured.
+        methods: names (``window``, ``streaming:512``, ``gift(alpha=3.0)``, ...), masks, selectors or
+            methods. ``full`` is always measured. Steering methods get spans by the rule of
+            :mod:`regard.bench.steer_spans`.
         seed: of the needles' and the tasks' numbers and places.
         tasks: also measure the long-context tasks of :mod:`regard.bench.tasks`.
         progress: called with (words, steps done, steps in all).
 
     Returns:
         A dict of plain numbers: ``rows`` (one a method), ``attention`` (where it went, without the
-        methods that compute it in their own way), ``machine`` and what was read. Perplexity change
-        and agreement are against ``full``; densities and bounds count pairs against dense causal
-        attention; ``unpatched_ppl`` is the model without regard.
+        methods that compute it in their own way or edit weights or scores), ``machine`` and what was
+        read. Perplexity change and agreement are against ``full``; densities and bounds count pairs
+        against dense causal attention; ``unpatched_ppl`` is the model without regard. Perplexities and
+        agreement are those of the tokens ``scored``, all of them or, with a steering method among the
+        methods, the second half of the text, for every method. ``spans`` of a row are what a steering
+        method saw in the text, and ``ahead`` whether rows of the answer depended on later tokens, so
+        that its perplexity is not that of a prediction; ``None`` in the rows of other methods.
 
     Raises:
-        ValueError: an unknown method, a text too short, or a length beyond the model's positions.
+        ValueError: an unknown method, a setting that it refuses, a text too short, a length beyond the
+            model's positions, or a steering method that cannot run with these spans or this model.
     """
     # The cheap mistakes are reported before anything is loaded.
     if length < _LEAST:
@@ -103,11 +112,17 @@ def run(
         facts = [fact for task in suite(seed) for fact in task.facts]
         chores = haystack(tokenizer, content, facts, length - _ROOM)
     ids = tokens(tokenizer, content, length, "the sample text" if text is None else str(text))
-    job = _Job(loaded, tokenizer, ids, hay, chores, seed)
+    steered = any(one.steers for one in chosen)
+    first = length // 2 - 1 if steered else 0
+    job = _Job(loaded, tokenizer, ids, hay, chores, seed, first)
+    for one in chosen:
+        if one.steers:
+            assert isinstance(one.how, Method)
+            try_out(loaded, one.name, one.how, ids)
     say("the model as it is")
     prefill(loaded, ids[:, :256])
     states, _ = prefill(loaded, ids)
-    plain = predict(loaded, states, ids)
+    plain = predict(loaded, states, ids).since(first)
     del states
     rows: list[dict[str, Any]] = []
     attention: dict[str, Any] = {}
@@ -130,6 +145,8 @@ def run(
         "seed": seed,
         "machine": machine(),
         "unpatched_ppl": plain.perplexity,
+        "scored": [first + 1, length],
+        "spans_rule": RULE if steered else None,
         "rows": rows,
         "attention": attention,
     }
@@ -138,6 +155,9 @@ def run(
 def _chosen(methods: Sequence[str | How], length: int, heads: Heads) -> list[Named]:
     """The methods without repetition, ``full`` first: all others are measured against it."""
     named = {one.name: one for one in (method(text, length, heads) for text in ("full", *methods))}
+    for one in named.values():
+        if isinstance(one.how, Method):
+            check_sites(one.name, one.how)
     return list(named.values())
 
 
@@ -155,33 +175,39 @@ def _measure(job: _Job, one: Named, say: _Steps) -> tuple[dict[str, Any], Predic
     model, n = job.model, job.ids.shape[1]
     say(f"{one.name}: perplexity and speed")
     meter = Meter()
-    with meter.on(model, one.how):
+    spans = of_text(n) if one.steers else None
+    ahead = None
+    with meter.on(model, one.how, spans):
         with PeakMemory(model.device) as memory:
             start = time.perf_counter()
             states, cache = prefill(model, job.ids)
             synchronise(model.device)
             taken = time.perf_counter() - start
             spent, choosing = meter.seconds, meter.choosing
-            seen = predict(model, states, job.ids)
-        del states
+            seen = predict(model, states, job.ids).since(job.first)
         density, listed, plain = meter.share(listed=False), meter.share(listed=True), meter.plain
         decode = _decode_speed(model, cache, job.ids)
-        del cache
-        say(f"{one.name}: needles")
-        meter.reset()
+    del cache
+    if one.steers:
+        assert isinstance(one.how, Method)
+        ahead = looks_ahead(model, one.how, job.ids, states)
+    del states
+    say(f"{one.name}: needles")
+    with patch(model, one.how, spans=_whole(one, job.hay)):
         _, cache = prefill(model, job.hay)
         found = {
             str(needle.depth): ask(model, job.tokenizer, cache, needle.question, needle.answer)
             for needle in needles(DEPTHS, job.seed)
         }
-        del cache
-        scores = _tasks(job, one, say)
+    del cache
     row = {
         "method": one.name,
-        "mask": repr(one.how),
+        "mask": one.entry or repr(one.how),
+        "spans": None if spans is None else told(spans, n),
+        "ahead": ahead,
         "ppl": seen.perplexity,
         "needle": found,
-        "tasks": scores,
+        "tasks": _tasks(job, one, say),
         "density": density,
         "bound": 1.0 / listed if listed else None,
         "prefill_s": taken,
@@ -194,19 +220,25 @@ def _measure(job: _Job, one: Named, say: _Steps) -> tuple[dict[str, Any], Predic
     return row, seen, plain
 
 
+def _whole(one: Named, prompt: Tensor) -> Spans | None:
+    """Parts of what is a prompt as a whole, for a method that works on them."""
+    return of_prompt(prompt.shape[1]) if one.steers else None
+
+
 def _tasks(job: _Job, one: Named, say: _Steps) -> dict[str, float] | None:
     """Share of exact answers of every long-context task, all asked of one prompt."""
     if job.chores is None:
         return None
     say(f"{one.name}: tasks")
-    _, cache = prefill(job.model, job.chores)
-    return {
-        task.name: mean(
-            ask(job.model, job.tokenizer, cache, question, answer)
-            for question, answer in task.questions
-        )
-        for task in suite(job.seed)
-    }
+    with patch(job.model, one.how, spans=_whole(one, job.chores)):
+        _, cache = prefill(job.model, job.chores)
+        return {
+            task.name: mean(
+                ask(job.model, job.tokenizer, cache, question, answer)
+                for question, answer in task.questions
+            )
+            for task in suite(job.seed)
+        }
 
 
 def _decode_speed(model: Any, cache: Any, ids: Tensor) -> float:
@@ -228,7 +260,8 @@ def _where(job: _Job, one: Named) -> dict[str, Any]:
     n = min(job.ids.shape[1], _LOOK)
     edges = [0, *(1 << p for p in range((n - 1).bit_length() + 1))]
     probe = StatsProbe([MassByDistance(edges), MassOn(range(_SINKS))])
-    with patch(job.model, one.how), watch(job.model, probe) as seen:
+    spans = of_text(n) if one.steers else None
+    with patch(job.model, one.how, spans=spans), watch(job.model, probe) as seen:
         prefill(job.model, job.ids[:, :n])
     layers = [seen.result()[0][layer] for layer in sorted(seen.result()[0])]
     by_distance = torch.stack([found["mass_by_distance"].mean((0, 1)) for found in layers]).mean(0)
@@ -238,74 +271,3 @@ def _where(job: _Job, one: Named) -> dict[str, Any]:
         "mass_by_distance": by_distance.tolist(),
         "sinks": [found["mass_on"].mean((0, 2)).tolist() for found in layers],
     }
-
-
-def table(result: dict[str, Any]) -> Any:
-    """The rows as a rich table, and a second one of the tasks where they were asked."""
-    from rich.console import Group
-    from rich.table import Table
-
-    rows = result["rows"]
-    words = (
-        f"{result['model']}, {result['length']} tokens of {result['text']['name']}; unpatched "
-        f"perplexity {result['unpatched_ppl']:.4f}"
-    )
-    out = Table(title=words, caption=_caption(result), title_justify="left")
-    for heading in _HEADINGS:
-        out.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in rows:
-        out.add_row(*_cells(row))
-    if rows[0]["tasks"] is None:
-        return out
-    tasks = Table(title="share of tasks answered exactly", title_justify="left")
-    for heading in ("method", *rows[0]["tasks"]):
-        tasks.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in rows:
-        tasks.add_row(row["method"], *(f"{share:.0%}" for share in row["tasks"].values()))
-    return Group(out, tasks)
-
-
-_HEADINGS = (
-    "method",
-    "perplexity",
-    "change",
-    "agreement",
-    "needles",
-    "density",
-    "prefill",
-    "attention",
-    "choosing",
-    "speed-up",
-    "bound",
-    "decode/s",
-    "memory",
-)
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    memory, bound = row["peak_mb"], row["bound"]
-    return [
-        row["method"],
-        f"{row['ppl']:.3f}",
-        f"{row['ppl_change']:+.1%}",
-        f"{row['agreement']:.1%}",
-        "".join("●" if hit else "○" for hit in row["needle"].values()),
-        "" if row["density"] is None else f"{row['density']:.1%}",
-        f"{row['prefill_s']:.1f} s",
-        f"{row['attention_s']:.2f} s",
-        f"{row['choosing_s']:.2f} s",
-        f"{row['attention_speedup']:.2f}x",
-        "" if bound is None else f"{bound:.2f}x",
-        f"{row['decode_tok_s']:.1f}",
-        "" if memory is None else f"{memory:.0f} MB",
-    ]
-
-
-def _caption(result: dict[str, Any]) -> str:
-    depths = ", ".join(f"{float(depth):.0%}" for depth in result["rows"][0]["needle"])
-    return (
-        f"needles at {depths} of the text (● found); density: pairs against dense causal; "
-        f"attention: seconds, choosing where to look included; its speed-up, and the bound that "
-        f"the pairs of the listed blocks set; on "
-        f"{result['machine']['processor']}, {result['machine']['threads']} threads"
-    )

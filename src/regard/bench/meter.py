@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.layout import BlockLayout
 from ..core.masks import Causal, Mask
 from ..core.select import Selector
-from ..models import AttentionCall, Method, patch
+from ..models import AttentionCall, Method, Spans, patch
 from ..models.method import Inner
 from .timing import synchronise
 
@@ -53,9 +53,11 @@ class _Bottom(_Clock):
     def __init__(self) -> None:
         super().__init__()
         self.read: list[tuple[Mask | BlockLayout, int, int]] = []
+        self.softmax = True
 
     def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
         """Note where the call looks, then time it."""
+        self.softmax &= call.not_softmax is None
         where = call.mask if call.layout is None else call.layout.under(call.mask)
         self.read.append((where, call.n, call.m))
         return super().attend(call, inner)
@@ -68,10 +70,13 @@ class Meter:
         self._top, self._bottom = _Clock(), _Bottom()
 
     @contextmanager
-    def on(self, model: Any, how: Mask | Selector | Method) -> Iterator[None]:
-        """Patch the model for the length of a ``with`` block."""
+    def on(
+        self, model: Any, how: Mask | Selector | Method, spans: Spans | None = None
+    ) -> Iterator[None]:
+        """Patch the model for the length of a ``with`` block, with parts of the prompt if given."""
         # The last patch entered is the first to be asked.
-        with patch(model, self._bottom), patch(model, how), patch(model, self._top):
+        bottom, method = patch(model, self._bottom), patch(model, how, spans=spans)
+        with bottom, method, patch(model, self._top):
             yield
 
     def reset(self) -> None:
@@ -80,6 +85,7 @@ class Meter:
             clock.seconds = 0.0
             clock.calls.clear()
         self._bottom.read.clear()
+        self._bottom.softmax = True
 
     @property
     def seconds(self) -> float:
@@ -93,9 +99,9 @@ class Meter:
 
     @property
     def plain(self) -> bool:
-        """Whether every call reached the bottom once, with all its rows and the model's own keys, so
-        that statistics of positions mean what they say."""
-        return self._top.calls == self._bottom.calls
+        """Whether every call reached the bottom once, with all its rows and the model's own keys, and
+        its weights are a plain softmax there, so that statistics of positions mean what they say."""
+        return self._top.calls == self._bottom.calls and self._bottom.softmax
 
     def share(self, *, listed: bool) -> float | None:
         """Pairs read over the pairs of dense causal attention, all calls since :meth:`reset`.

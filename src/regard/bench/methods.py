@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.masks import Causal, Dilated, Mask, Sinks, SlidingWindow, Strided
+from ..models.method import Method
 from ..patterns.power import Power
 from ..patterns.s2_pattern import S2
 from .calibrated import CALIBRATED
+from .method_text import called
 from .selecting import SELECTING, Heads, How, Kind, budget
+from .steer_names import build, entry, steers, unknown
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,16 @@ class Named:
     """A way of attending with the name that tables show.
 
     Attributes:
-        name: such as ``streaming:1024``.
+        name: such as ``streaming:1024`` or ``gift(alpha=3.0)``.
         how: a mask (the model's own causality included), a selector or a method.
+        steers: it is a steering method, which works on spans of a prompt.
+        entry: where a steering method that was named stands, ``"module:class"``.
     """
 
     name: str
     how: How
+    steers: bool = False
+    entry: str | None = None
 
 
 # Heads of the default model, SmolLM2-135M.
@@ -103,9 +109,24 @@ def _calibrated(name: str, file: str, length: int) -> How:
     return make(path, budget(length))
 
 
+def _steering(text: str) -> Named:
+    """A steering method, ``NAME`` or ``NAME(KEY=VALUE, ...)``."""
+    name, settings = called(text)
+    if name in KNOWN or name in CALIBRATED:
+        raise ValueError(
+            f"compare: {text!r}: settings in brackets are for steering methods; a number of {name} "
+            "stands after a colon, a file after an @"
+        )
+    where = entry(name)
+    if where is None:
+        raise ValueError(f"compare: {unknown(name, (*KNOWN, *CALIBRATED))}")
+    how = build(name, settings, "compare")
+    return Named(f"{name}({', '.join(settings)})" if settings else name, how, True, where)
+
+
 def method(text: str | How, length: int, heads: Heads = SMOLLM2) -> Named:
-    """A method by its name, ``NAME``, ``NAME:NUMBER`` or ``NAME@FILE``, or any mask, selector or
-    method.
+    """A method by its name, ``NAME``, ``NAME:NUMBER`` or ``NAME@FILE``, a steering method by
+    ``NAME`` or ``NAME(KEY=VALUE, ...)``, or any mask, selector or method.
 
     Args:
         text: the name, or what has none, which is taken as it is.
@@ -114,11 +135,15 @@ def method(text: str | How, length: int, heads: Heads = SMOLLM2) -> Named:
             heads than the model's is refused when it is used.
 
     Raises:
-        ValueError: the name is unknown or the number is not one that fits it.
+        ValueError: the name is unknown, or the number or a setting is not one that fits it.
     """
     if not isinstance(text, str):
-        return Named(repr(text), text)
+        return Named(repr(text), text, isinstance(text, Method) and steers(text))
+    if "(" in text:
+        return _steering(text)
     name, at, file = text.partition("@")
+    if at and entry(name) is not None:
+        raise ValueError(f"compare: {text!r}: write the file in brackets, {name}(file={file})")
     if at:
         return Named(text, _calibrated(name, file, length))
     name, _, number = text.partition(":")
@@ -127,9 +152,9 @@ def method(text: str | How, length: int, heads: Heads = SMOLLM2) -> Named:
             raise ValueError(
                 f"compare: method {name!r} needs its {CALIBRATED[name][0]}: write {name}@FILE"
             )
-        near = difflib.get_close_matches(name, KNOWN, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(KNOWN)}"
-        raise ValueError(f"compare: unknown method {name!r}; {hint}")
+        if number and entry(name) is not None:
+            raise ValueError(f"compare: {text!r}: write settings in brackets, {name}(KEY=VALUE)")
+        return _steering(name)
     kind = KNOWN[name]
     if not number:
         value = kind.default(length)

@@ -50,6 +50,10 @@ class Prediction:
         """``exp`` of the mean negative log-likelihood."""
         return math.exp(self.nll.double().mean().item())
 
+    def since(self, start: int) -> Prediction:
+        """The same from the row ``start`` on, which predicts the token behind it."""
+        return Prediction(self.nll[start:], self.best[start:])
+
 
 def predict(model: Any, hidden: Tensor, ids: Tensor) -> Prediction:
     """Score a text whose hidden states are known."""

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -14,6 +14,9 @@ from typing import Any
 from ..card import Card
 from ..catalog import cards
 from ..models.method import Method
+
+# Layers that depend on a model's depth are tried on this one.
+_DEPTH = 32
 
 
 def known() -> list[dict[str, Any]]:
@@ -34,57 +37,141 @@ def known() -> list[dict[str, Any]]:
     ]
 
 
-def build(name: str, settings: Sequence[str]) -> Method:
+def others() -> list[dict[str, Any]]:
+    """The catalog's steering systems that are no method: loops, processors of logits, layers. Name,
+    paper, entry and what that is, as plain data."""
+    return [
+        {
+            "name": name,
+            "title": card.title,
+            "arxiv": card.arxiv,
+            "entry": card.entry,
+            "what": (inspect.getdoc(_entry(card)) or "").partition("\n")[0],
+        }
+        for name, card in cards().items()
+        if card.family == "steer" and name not in _methods()
+    ]
+
+
+def steers(how: object) -> bool:
+    """Whether this is a steering method of the catalog, which works on spans of a prompt."""
+    return isinstance(how, tuple(kind for _, kind in _methods().values()))
+
+
+def entry(name: str) -> str | None:
+    """Where a method stands, ``"module:class"``; ``None`` where no method has this name."""
+    found = _methods().get(name)
+    return None if found is None else found[0].entry
+
+
+def build(name: str, settings: Sequence[str], who: str = "steer") -> Method:
     """A method from its name and ``KEY=VALUE`` settings.
 
     Values are Python literals (numbers, texts, tuples, lists); what is none is a text. A method that
     reads what was calibrated takes its file as ``file=PATH``.
 
+    Args:
+        name: key of the catalog.
+        settings: each ``KEY=VALUE``.
+        who: the command that asks, ``"steer"`` or ``"compare"``; messages speak its language.
+
     Raises:
         ValueError: an unknown method or key, a missing one, or values that the method refuses.
+        FileNotFoundError: there is no such file.
     """
+    flag = "--set " if who == "steer" else ""
     found = _methods()
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(found)}"
-        raise ValueError(f"steer: unknown method {name!r}; {hint}")
-    _, kind = found[name]
+        raise ValueError(f"{who}: {unknown(name)}")
+    card, kind = found[name]
     allowed = _parameters(kind)
+    if "model" in allowed:
+        raise ValueError(
+            f"{who}: {name} is made for one loaded model, which no setting can name; use "
+            f"{card.entry} in Python (regard catalog {name} tells more)"
+        )
     given: dict[str, Any] = {}
     file = None
     for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"steer: --set takes KEY=VALUE, got {setting!r}")
+        key, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not key:
+            raise ValueError(
+                f"{who}: {flag or f'{name} in brackets '}takes KEY=VALUE, got {setting!r}"
+            )
         if key == "file" and hasattr(kind, "load"):
             file = value
         elif key not in allowed:
-            raise ValueError(f"steer: {name} has no setting {key!r}; it has {', '.join(allowed)}")
+            raise ValueError(f"{who}: {name} has no setting {key!r}; it has {', '.join(allowed)}")
         else:
             given[key] = _literal(value)
-    if file is not None:
-        made: Method = kind.load(file)  # type: ignore[attr-defined]
-        return dataclasses.replace(made, **given) if given else made  # type: ignore[type-var]
     missing = [
         key
         for key, parameter in allowed.items()
         if parameter.default is inspect.Parameter.empty and key not in given
     ]
-    if missing:
+    if missing and file is None:
         source = " or file=PATH" if hasattr(kind, "load") else ""
-        raise ValueError(f"steer: {name} needs --set {missing[0]}=VALUE{source}")
-    return kind(**given)
+        raise ValueError(f"{who}: {name} needs {flag}{missing[0]}=VALUE{source}")
+    return _made(kind, given, file, f"{who}: {name}")
+
+
+def unknown(name: str, besides: Iterable[str] = ()) -> str:
+    """What is to be said of a name that no method has.
+
+    Args:
+        name: what was typed.
+        besides: further names that would have been possible.
+    """
+    for row in others():
+        if row["name"] == name:
+            return (
+                f"{name} is not one patch but {row['entry']} ({row['what'].rstrip('.')}); "
+                f"regard catalog {name} tells more"
+            )
+    names = [*besides, *_methods()]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+    return f"unknown method {name!r}; {hint}"
+
+
+def _made(kind: type[Method], given: dict[str, Any], file: str | None, who: str) -> Method:
+    """The method, its edits tried out, so that values of a wrong kind show before a model is loaded."""
+    from safetensors import SafetensorError
+
+    try:
+        if file is None:
+            made = kind(**given)
+        else:
+            made = kind.load(file)  # type: ignore[attr-defined]
+            made = dataclasses.replace(made, **given) if given else made  # type: ignore[type-var]
+        for edit in made.edits():
+            layers = edit.of_depth(_DEPTH).layers
+            if not callable(layers):
+                sorted(layers or ())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{who} reads a file, but there is no {file}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{who}: {file} cannot be read as safetensors: {error}") from error
+    except (TypeError, AttributeError) as error:
+        values = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise ValueError(f"{who} cannot be made with {values}: {error}") from error
+    return made
 
 
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
 
 
 def _parameters(kind: type[Method]) -> dict[str, inspect.Parameter]:
     return dict(inspect.signature(kind).parameters)
+
+
+def _entry(card: Card) -> Any:
+    module, _, name = card.entry.partition(":")
+    return getattr(import_module(module), name)
 
 
 @lru_cache(maxsize=1)
@@ -94,8 +181,7 @@ def _methods() -> dict[str, tuple[Card, type[Method]]]:
     for key, card in cards().items():
         if card.family != "steer":
             continue
-        module, _, name = card.entry.partition(":")
-        entry = getattr(import_module(module), name)
+        entry = _entry(card)
         if isinstance(entry, type) and issubclass(entry, Method):
             found[key] = card, entry
     return found

@@ -17,14 +17,23 @@ class SelectMethod(Method):
 
     Args:
         selector: see :class:`~regard.core.select.Selector`.
-        prefill: whether it chooses where several tokens are read at once.
-        decode: whether it chooses where one token follows a cache.
+        prefill: whether it chooses where many tokens are read at once.
+        decode: whether it chooses where few tokens follow a cache: a decoding step, a question. Such
+            passes cost little, and what is asked for must be found: prefill alone is what most
+            published methods make sparse.
+        few: how many tokens are few, default 1.
         first: layers before this one stay dense. The first layers' attention is the most diffuse,
             and most papers leave it alone.
     """
 
     def __init__(
-        self, selector: Selector, *, prefill: bool = True, decode: bool = True, first: int = 0
+        self,
+        selector: Selector,
+        *,
+        prefill: bool = True,
+        decode: bool = True,
+        few: int = 1,
+        first: int = 0,
     ) -> None:
         if not isinstance(selector, Selector):
             raise ValueError(
@@ -32,17 +41,22 @@ class SelectMethod(Method):
             )
         if not (prefill or decode):
             raise ValueError("SelectMethod: prefill and decode are both False: nothing to do")
-        if first < 0:
-            raise ValueError(f"SelectMethod: first must be a layer >= 0, got {first}")
-        self.selector, self.prefill, self.decode, self.first = selector, prefill, decode, first
+        if first < 0 or few < 1:
+            raise ValueError(
+                f"SelectMethod: first must be a layer >= 0 and few >= 1, got {first} and {few}"
+            )
+        self.selector, self.prefill, self.decode = selector, prefill, decode
+        self.few, self.first = few, first
 
     def __repr__(self) -> str:
         layers = f" from layer {self.first} on" if self.first else ""
-        return f"{self.selector!r}{layers}"
+        both = self.prefill and self.decode
+        where = "" if both else " in prefill" if self.prefill else " in decoding"
+        return f"{self.selector!r}{where}{layers}"
 
     def attend(self, call: AttentionCall, inner: Inner) -> Tensor:
         """Choose, then attend."""
-        wanted = self.decode if call.n == 1 and call.decoding else self.prefill
+        wanted = self.decode if call.n <= self.few and call.decoding else self.prefill
         if not wanted or call.layer < self.first:
             return inner(call)
         if call.layout is not None:

@@ -91,10 +91,13 @@ class Tracker:
 
     def fork(self, cache: Cache) -> Cache:
         """A copy of a cache, together with what methods have kept with it."""
-        copy = deepcopy(cache)
-        record = self._caches.get(cache)
-        if record is not None:
-            self._caches[copy] = deepcopy(record)
+        made: dict[int, Any] = {}
+        copy = deepcopy(cache, made)
+        # a cache may hold others (a second branch's), of which something is known too
+        for known, record in list(self._caches.items()):
+            twin = made.get(id(known))
+            if isinstance(twin, Cache):
+                self._caches[twin] = deepcopy(record)
         return copy
 
     def _start(self, n: int, past: int, cache: Cache | None) -> Pass:
@@ -136,7 +139,9 @@ def _extend(record: CacheRecord, passing: Pass) -> None:
     else:
         batch = max(now.shape[0], before.shape[0])
         parts = [before[:, : passing.past].to(now.device), now]
-        record.positions = torch.cat([p.expand(batch, -1) for p in parts], 1)
+        # sequences that were repeated (beams) stand together
+        fits = [p.repeat_interleave(batch // p.shape[0], 0) for p in parts]
+        record.positions = torch.cat(fits, 1)
 
 
 def _cache(given: dict[str, Any]) -> Cache | None:

@@ -24,12 +24,18 @@ def render(result: dict[str, Any]) -> str:
         result: what :func:`regard.bench.compare.run` returns. ``ppl_change`` is a fraction (0.02
             for 2 % worse than dense), ``agreement`` a share, ``density`` the pairs against dense
             attention, ``bound`` the speed-up that the saved pairs allow. A value that was not
-            measured is ``None``.
+            measured is ``None``. ``spans``, ``ahead`` and ``spans_rule`` are those of steering methods.
     """
     from .templates import template
 
     rows = [
-        {**row, "colour": charts.colour(at), "picture": _picture(row["mask"], result["length"])}
+        {
+            "spans": None,
+            "ahead": None,
+            **row,
+            "colour": charts.colour(at),
+            "picture": _picture(row["mask"], result["length"]),
+        }
         for at, row in enumerate(result["rows"])
     ]
     return template("page.html", number=number, percent=percent, change=change).render(
@@ -42,6 +48,7 @@ def render(result: dict[str, Any]) -> str:
         plots=_plots(result["rows"]),
         widest=_widest(result["rows"]),
         attention=_attention(result),
+        rule=result.get("spans_rule"),
     )
 
 
@@ -54,7 +61,9 @@ def write(result: dict[str, Any], path: str | Path) -> Path:
 
 def findings(rows: list[dict[str, Any]]) -> list[str]:
     """What the table says, in a sentence or two."""
-    sparse = [row for row in rows if _finite(row["ppl_change"]) and _finite(row["density"])]
+    # A steering method that reads all pairs, or more of them, is no sparse one.
+    sparse = [row for row in rows if not row.get("spans")]
+    sparse = [row for row in sparse if _finite(row["ppl_change"]) and _finite(row["density"])]
     densest = max((row["density"] for row in sparse), default=0.0)
     sparse = [row for row in sparse if row["density"] < densest]
     said = []

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..bench.steer_names import others
 from ..bench.steering import summary
 
 
@@ -36,7 +37,7 @@ def steer_table(result: Mapping[str, Any]) -> RenderableType:
 
 
 def methods_table(known: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Names, papers and settings of all steering methods."""
+    """Names, papers and settings of all steering methods, and what steers without being one."""
     table = Table(box=None)
     for name in ("method", "arXiv", "settings", "paper"):
         table.add_column(name, overflow="fold")
@@ -46,4 +47,12 @@ def methods_table(known: Sequence[Mapping[str, Any]]) -> RenderableType:
             for key, default in row["settings"].items()
         )
         table.add_row(row["name"], row["arxiv"], Text(settings), Text(row["title"]))
-    return table
+    loose = others()
+    if not loose:
+        return table
+    rest = Table(title="not one patch:", title_justify="left", box=None)
+    for name in ("system", "arXiv", "entry", "what it is"):
+        rest.add_column(name, overflow="fold")
+    for row in loose:
+        rest.add_row(row["name"], row["arxiv"], Text(row["entry"]), Text(row["what"]))
+    return Group(table, Text(), rest)

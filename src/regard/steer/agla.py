@@ -14,17 +14,19 @@ Logits are added, not subtracted as in contrastive decoding.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor
+from torch.utils.hooks import RemovableHandle
 
 from regard.card import Card
 
 from ..models.activations import Inputs
+from ..models.method import Inside, Method
+from .agla_branch import SecondBranch
 
 CARD = Card(
     key="agla",
@@ -32,14 +34,14 @@ CARD = Card(
     "Global and Local Attention",
     arxiv="2406.12718",
     family="steer",
-    entry="regard.steer.agla:AssembleLogits",
+    entry="regard.steer.agla:AGLA",
     definition="tests/steer/test_agla.py::test_is_the_formula_written_out",
     oracle="python -m tests.golden tests/golden/data/agla.npz",
     claim="python -m benchmarks.agla --smollm2",
     cost="python -m benchmarks.agla --only growth",
-    note="A logits processor, not a patch: its second branch runs the model once more a token. The text "
-    "analogue (gradient times attention) is ours; on SmolLM2 alpha=0.5 helps a little, a random "
-    "third as much, and alpha=1 and 2 harm.",
+    note="Its second branch runs the model once more a token. The text analogue (gradient times "
+    "attention) is ours; on SmolLM2 alpha=0.5 helps a little, a random third as much, and alpha=1 and "
+    "2 harm.",
 )
 
 
@@ -110,110 +112,51 @@ def assemble_logits(
     return mixed.masked_fill(logits < cut, -torch.inf)
 
 
-class AssembleLogits(LogitsProcessor):
-    """The second branch in ``generate``, with a KV cache of its own.
+@dataclass(frozen=True, eq=False)
+class AGLA(Method):
+    """The second branch beside a running model, with a KV cache of its own.
 
         masked = {**inputs, "pixel_values": inputs["pixel_values"] * mask}
-        model.generate(**inputs, logits_processor=[AssembleLogits(model, masked)], do_sample=True)
+        with regard.patch(model, AGLA(model, masked)):
+            model.generate(**inputs, do_sample=True)
 
-    It makes one further forward pass a token, fed with the tokens that were chosen; only the last row's
-    logits change. It holds one running batch: make a new one for another prompt. The same prompt may be
-    begun again. Patches that are on act on both branches.
+    After every pass the model runs once more, on the masked prompt first and then on the tokens that
+    were chosen. Logits of the prompt's last row and of all rows behind it are assembled; a loss that
+    the model computes from labels is the plain one. The branch's cache rides in the model's KV cache,
+    so that what is done to that (beams, drafts, crops) is done to it. The prompt is read in one pass.
+    Patches that are on act on both branches; no spans are needed.
 
-    Args:
-        model: the model that generates.
+    Attributes:
+        model: the model that is patched.
         masked: token ids ``(B, N')`` or keyword arguments of the masked prompt: pixels at zero, an
             ``attention_mask`` with holes, or tokens left out. A mask may have holes, padding is on the
-            left.
+            left. Each of the ``B`` sequences serves as many of the running ones (beams).
         alpha, beta: as for :func:`assemble_logits`.
 
     Raises:
-        ValueError: while running: another number of sequences (beams), or tokens that do not follow
-            those seen.
+        ValueError: ``beta`` outside [0, 1], or no ``input_ids``; on entering: another model; while
+            running: another number of sequences, no KV cache, or one that was filled before.
     """
 
-    def __init__(
-        self, model: nn.Module, masked: Inputs, alpha: float = 2.0, beta: float = 0.5
-    ) -> None:
-        if not 0 <= beta <= 1:
-            raise ValueError(f"AssembleLogits: beta must lie in [0, 1], got {beta}")
-        given: Mapping[str, Any] = (
-            {"input_ids": masked} if isinstance(masked, Tensor) else dict(masked)
-        )
-        if "input_ids" not in given:
-            raise ValueError(f"AssembleLogits: masked needs input_ids, got {', '.join(given)}")
-        self.model, self.masked, self.alpha, self.beta = model, given, alpha, beta
-        self._prompt: Tensor | None = None
-        self._seen: Tensor | None = None
-        self._cache: Any = None
-        self._mask: Tensor | None = None
-        self._last: Tensor | None = None
+    model: nn.Module
+    masked: Inputs
+    alpha: float = 2.0
+    beta: float = 0.5
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits ``(B, V)`` of the next token, assembled."""
-        ids = self.masked["input_ids"]
-        if input_ids.shape[0] != ids.shape[0]:
-            raise ValueError(
-                f"AssembleLogits: masked holds {ids.shape[0]} sequences, generate runs "
-                f"{input_ids.shape[0]}; beams are not supported"
-            )
-        logits = self._advance(input_ids)
-        self._seen = input_ids.clone()
-        return assemble_logits(scores, logits.to(scores), self.alpha, self.beta)
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"AGLA: beta must lie in [0, 1], got {self.beta}")
+        if not isinstance(self.masked, Tensor) and "input_ids" not in self.masked:
+            raise ValueError(f"AGLA: masked needs input_ids, got {', '.join(self.masked)}")
 
-    @torch.no_grad()
-    def _advance(self, input_ids: Tensor) -> Tensor:
-        with _own_deltas(self.model):
-            if self._prompt is None or torch.equal(input_ids, self._prompt):
-                self._prompt = input_ids.clone()
-                out = self._read()
-            else:
-                out = self._step(input_ids)
-        self._cache = out.past_key_values
-        last: Tensor = out.logits[:, -1]
-        return last
-
-    def _read(self) -> Any:
-        """The masked prompt; the positions that the decoder is given (images) are kept."""
-        ids, mask = self.masked["input_ids"], self.masked.get("attention_mask")
-        self._mask = torch.ones_like(ids) if mask is None else mask
-        self._last = None
-
-        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            places = kwargs.get("position_ids")
-            self._last = None if places is None else places[..., -1:]
-
+    def hooks(self, inside: Inside) -> Sequence[RemovableHandle]:
+        """One hook at the whole model: the pass is over there, and another one may run."""
         decoder: Any = self.model.get_decoder()  # type: ignore[operator]
-        handle = decoder.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            return self.model(**self.masked, use_cache=True)
-        finally:
-            handle.remove()
+        if inside.root not in (decoder, self.model):
+            raise ValueError("AGLA: model is another one than the patched model")
+        masked = {"input_ids": self.masked} if isinstance(self.masked, Tensor) else self.masked
+        second = SecondBranch(inside, masked, self._assemble)
+        return [self.model.register_forward_hook(second, with_kwargs=True)]
 
-    def _step(self, input_ids: Tensor) -> Any:
-        """One chosen token."""
-        if self._seen is None or not torch.equal(input_ids[:, :-1], self._seen):
-            raise ValueError(
-                "AssembleLogits: the tokens do not follow those of the last step; make a new one for "
-                "another prompt, and generate without beams or drafts"
-            )
-        assert self._mask is not None
-        new = input_ids[:, -1:]
-        self._mask = torch.cat([self._mask, torch.ones_like(new)], 1)
-        given = {"input_ids": new, "attention_mask": self._mask}
-        if self._last is not None:
-            self._last = self._last + 1
-            given["position_ids"] = self._last
-        return self.model(**given, past_key_values=self._cache, use_cache=True)
-
-
-@contextmanager
-def _own_deltas(model: nn.Module) -> Iterator[None]:
-    """Qwen-VL keeps the shift of its running sequence's positions on the model: the generating
-    branch's is put back after this branch's pass."""
-    found = [(m, m.rope_deltas) for m in model.modules() if hasattr(m, "rope_deltas")]
-    try:
-        yield
-    finally:
-        for module, deltas in found:
-            module.rope_deltas = deltas
+    def _assemble(self, logits: Tensor, augmented: Tensor) -> Tensor:
+        return assemble_logits(logits, augmented, self.alpha, self.beta)

@@ -5,260 +5,203 @@ arXiv 2502.11096. How much routing weight each expert gets from the prompts of o
 of the others, ranks the experts ("functional token resonance imaging"); tuning the first ones changes
 the behaviour without training.
 
-The paper itself could not be read, and two summaries of it disagree: on the score (``kind``) and on
-what switching off means (``mode``). Both readings of both are here. Shared experts are always on and no
-part of this.
+The paper itself could not be read, and two summaries of it disagree: on the score (``kind`` of
+:func:`~regard.steer.mote_resonance.behaviour_score`) and on what switching off means (``mode`` of
+:class:`TunedExperts`). Both readings of both are here. Shared experts are always on and no part of
+this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, get_args
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from regard.card import Card
 
-from ..models.activations import Inputs, run
+from ..models.method import Inside, Method
 from ..models.sites import find_layers
-from ..models.table import Table
+from .mote_resonance import router_in
+from .mote_route import Mode, route
 
 CARD = Card(
     key="mote",
     title="Mixture of Tunable Experts -- Behavior Modification of DeepSeek-R1 at Inference Time",
     arxiv="2502.11096",
     family="steer",
-    entry="regard.steer.mote:tune_experts",
+    entry="regard.steer.mote:TunedExperts",
     definition="tests/steer/test_mote.py::test_is_the_routing_written_out",
     oracle="tests/steer/test_mote.py::test_planted_expert_ranks_first_and_can_be_switched_off",
     claim="python -m benchmarks.mote --train",
     cost="python -m benchmarks.mote --only growth",
-    note="UNVERIFIED: from two summaries that disagree; `mode` and `kind` hold both readings. A context "
-    "manager of its own: regard.patch has no router site. The claim does not show on the toy languages, "
-    "which the small model also speaks without its experts.",
+    note="UNVERIFIED: from two summaries that disagree; `mode` and `kind` hold both readings. The claim "
+    "does not show on the toy languages, which the small model also speaks without its experts.",
 )
 
 Expert: TypeAlias = tuple[int, int]
-Mode: TypeAlias = Literal["drop", "mask"]
-Kind: TypeAlias = Literal["difference", "ratio"]
 
 
-def route(
-    logits: Tensor,
-    top_k: int,
-    *,
-    off: Collection[int] = (),
-    on: Collection[int] = (),
-    mode: Mode = "drop",
-    norm: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Softmax routing with experts switched off and on.
+@dataclass(frozen=True)
+class TunedExperts(Method):
+    """Experts of a running mixture switched off and on.
 
-    Args:
-        logits: ``(T, E)``.
-        top_k: experts a token.
-        off: experts switched off. ``"drop"``: their weight is 0 after the choice, nobody replaces them
-            (a token all of whose experts are off gets 0 from this block); ``"mask"``: their logit is
-            ``-inf`` before it, so that others fill in.
-        on: experts that are always chosen, instead of the lowest, with the weight of their own logit.
-        mode: see ``off``.
-        norm: whether the model makes the chosen experts' weights sum to 1.
-
-    Returns:
-        weights and indices ``(T, top_k)``.
-
-    Raises:
-        ValueError: an unknown mode or expert, one both on and off, or fewer than ``top_k`` left.
-    """
-    count = logits.shape[-1]
-    if mode not in get_args(Mode):
-        raise ValueError(f"route: mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-    wrong = [e for e in (*off, *on) if not 0 <= e < count]
-    both = sorted(set(off) & set(on))
-    if wrong or both:
-        raise ValueError(
-            f"route: experts {wrong or both} are not among {count}, or both on and off"
-        )
-    if len(set(on)) > top_k or (mode == "mask" and count - len(set(off)) < top_k):
-        raise ValueError(
-            f"route: {top_k} of {count} experts are chosen; {len(set(on))} on and {len(set(off))} off "
-            "do not fit that"
-        )
-    dark, lit = (_flags(chosen, logits) for chosen in (off, on))
-    if mode == "mask":
-        logits = logits.masked_fill(dark, -torch.inf)
-    shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    # Above every share: a forced expert comes first, the chosen ones' order means nothing.
-    indices = (shares + 2.0 * lit).topk(top_k, -1).indices if on else shares.topk(top_k, -1).indices
-    weights = shares.gather(-1, indices)
-    if mode == "drop":
-        weights = weights.masked_fill(dark[indices], 0.0)
-    if norm:
-        total = weights.sum(-1, keepdim=True)
-        weights = weights / torch.where(total > 0, total, 1.0)
-    return weights.to(logits.dtype), indices
-
-
-def _flags(experts: Collection[int], logits: Tensor) -> Tensor:
-    flags = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    flags[list(experts)] = True
-    return flags
-
-
-def behaviour_score(maps: Tensor, labels: Tensor, kind: Kind = "difference") -> Tensor:
-    """How much more an expert is used in prompts of the behaviour, ``(L, E)``.
-
-    Args:
-        maps: ``(P, L, E)``, see :func:`routing_map`.
-        labels: bool ``(P,)``: which prompts show the behaviour.
-        kind: ``"difference"`` of the means ``A - B``, or their ``"ratio"`` ``(A - B) / (A + B)`` (0
-            where both are).
-
-    Raises:
-        ValueError: shapes that do not fit, or a group without prompts.
-    """
-    if kind not in get_args(Kind):
-        raise ValueError(
-            f"behaviour_score: kind must be one of {', '.join(get_args(Kind))}, got {kind!r}"
-        )
-    if maps.dim() != 3 or labels.shape != maps.shape[:1] or labels.dtype != torch.bool:
-        raise ValueError(
-            f"behaviour_score: maps must be (P, L, E) and labels bool (P,), got {tuple(maps.shape)} "
-            f"and {labels.dtype} {tuple(labels.shape)}"
-        )
-    if bool(labels.all()) or not bool(labels.any()):
-        raise ValueError("behaviour_score: labels put all prompts into one group")
-    a, b = maps[labels].mean(0), maps[~labels].mean(0)
-    if kind == "difference":
-        return a - b
-    return (a - b) / torch.where(a + b > 0, a + b, 1.0)
-
-
-def resonance_table(score: Tensor, count: int | None = None) -> Table:
-    """The experts by score, highest first: columns layer, expert, score."""
-    return Table.of(score, ("layer", "expert"), "score").top("score", count)
-
-
-@torch.no_grad()
-def routing_map(model: Any, inputs: Inputs, *, counts: bool = False) -> Tensor:
-    """Routing weight (or number of tokens) that each expert gets from each prompt, ``(B, L, E)``.
-
-    Args:
-        model: a transformers mixture-of-experts decoder.
-        inputs: token ids ``(B, N)`` or keyword arguments; padding of ``attention_mask`` is not counted.
-        counts: count tokens instead of summing weights.
-
-    Returns:
-        Sums over a prompt's tokens; layers without a router are 0. What :func:`tune_experts` has
-        changed around it is seen.
-
-    Raises:
-        ValueError: the model has no router that is known.
-    """
-    routers = find_routers(model)
-    ids = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
-    mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
-    real = torch.ones_like(ids) if mask is None else mask
-    width = max(int(router.num_experts) for router in routers.values())
-    found = torch.zeros(ids.shape[0], len(find_layers(model.get_decoder())), width)
-    handles = []
-    for layer, router in routers.items():
-
-        def keep(module: nn.Module, args: Any, output: Any, layer: int = layer) -> None:
-            _, weights, indices = output
-            value = torch.ones_like(weights) if counts else weights
-            value = value.float() * real.reshape(-1, 1)
-            each = value.new_zeros(value.shape[0], width).scatter_add(1, indices, value)
-            found[:, layer] = each.unflatten(0, tuple(ids.shape)).sum(1).cpu()
-
-        handles.append(router.register_forward_hook(keep))
-    try:
-        run(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def find_routers(model: Any) -> dict[int, Any]:
-    """The top-k router of every layer that has one, by layer.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = {}
-    for layer, sites in enumerate(find_layers(model.get_decoder())):
-        for module in sites.layer.modules():
-            if (
-                hasattr(module, "top_k")
-                and hasattr(module, "num_experts")
-                and hasattr(module, "weight")
-            ):
-                found[layer] = module
-    if not found:
-        raise ValueError(f"mote: {type(model).__name__} has no top-k router that regard knows")
-    return found
-
-
-@contextmanager
-def tune_experts(
-    model: Any,
-    off: Collection[Expert] = (),
-    on: Collection[Expert] = (),
-    mode: Mode = "drop",
-) -> Iterator[Any]:
-    """Switch experts of a running model off and on; leaving the block restores it exactly.
-
-        with tune_experts(model, off=[(l, e) for l, e, _ in resonance_table(score, 10).rows]):
+        top = resonance_table(behaviour_score(routing_map(model, ids), labels), 10)
+        with regard.patch(model, TunedExperts(off=[(l, e) for l, e, _ in top.rows])):
             model.generate(**inputs)
 
     Every row of every pass is routed so, those of the prompt included. Nothing is kept between passes,
-    so that caches, batches, padding and beams need no care.
+    so that caches, batches, padding and beams need no care. Of several that are on, nested or side by
+    side, each switches its experts. No spans are needed.
 
-    Args:
-        model: a transformers decoder with softmax top-k routers (Qwen-MoE, OLMoE, Mixtral).
-        off, on: ``(layer, expert)`` pairs.
-        mode: see :func:`route`.
+    Attributes:
+        off, on: ``(layer, expert)`` pairs; none of either changes nothing.
+        mode: what ``off`` means, see :func:`~regard.steer.mote_route.route`.
 
     Raises:
-        ValueError: a pair that the model has not, or experts that do not fit its ``top_k``; while
-            running: a router that does not choose by softmax.
+        ValueError: an unknown mode; on entering: a pair that the model has not, or experts that do
+            not fit its ``top_k`` or what an outer patch has switched; while running: a router that
+            does not choose by softmax.
     """
-    routers = find_routers(model)
-    wrong = sorted({layer for layer, _ in (*off, *on)} - set(routers))
-    if wrong:
-        raise ValueError(f"tune_experts: layers {wrong} have no router")
-    chosen = {
-        layer: ([e for at, e in off if at == layer], [e for at, e in on if at == layer])
-        for layer in sorted({layer for layer, _ in (*off, *on)})
-    }
-    for layer, (dark, lit) in chosen.items():  # so that a mistake is told before the model runs
-        router = routers[layer]
-        route(torch.zeros(1, router.num_experts), router.top_k, off=dark, on=lit, mode=mode)
-    handles = []
-    try:
-        for layer, (dark, lit) in chosen.items():
 
-            def tune(
-                module: Any,
-                args: Any,
-                output: Any,
-                dark: list[int] = dark,
-                lit: list[int] = lit,
-            ) -> Any:
-                logits, weights, indices = output
-                norm = bool(getattr(module, "norm_topk_prob", True))
-                plain, at = route(logits, module.top_k, norm=norm)
-                if not torch.equal(at, indices) or not torch.allclose(plain, weights, atol=1e-2):
-                    raise ValueError(
-                        f"tune_experts: {type(module).__name__} does not choose by softmax alone"
-                    )
-                return logits, *route(logits, module.top_k, off=dark, on=lit, mode=mode, norm=norm)
+    off: Sequence[Expert] = ()
+    on: Sequence[Expert] = ()
+    mode: Mode = "drop"
 
-            handles.append(routers[layer].register_forward_hook(tune, prepend=True))
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            known = ", ".join(get_args(Mode))
+            raise ValueError(f"TunedExperts: mode must be one of {known}, got {self.mode!r}")
+        for name in ("off", "on"):
+            pairs = tuple((int(layer), int(expert)) for layer, expert in getattr(self, name))
+            object.__setattr__(self, name, pairs)
+
+    def hooks(self, inside: Inside) -> Sequence[RemovableHandle]:
+        """One hook at the router of each layer that is named."""
+        layers = find_layers(inside.root)
+        routers = {at: router_in(sites.layer) for at, sites in enumerate(layers)}
+        if all(router is None for router in routers.values()):
+            name = type(inside.root).__name__
+            raise ValueError(f"TunedExperts: {name} has no top-k router that regard knows")
+        named = sorted({layer for layer, _ in (*self.off, *self.on)})
+        wrong = [layer for layer in named if routers.get(layer) is None]
+        if wrong:
+            raise ValueError(f"TunedExperts: layers {wrong} have no router")
+        wanted: list[tuple[nn.Module, _Switches]] = []
+        for layer in named:
+            if layer in inside.layers:
+                wanted.append((routers[layer], self._at(layer)))
+        for router, mine in wanted:  # so that a mistake is told before the model runs
+            _Switches.together([*_on(router).values(), mine]).check(router)
+        handles: list[RemovableHandle] = []
+        for router, mine in wanted:
+            handles.append(router.register_forward_hook(_tune(mine), prepend=True))
+            # Torch's handle, of the list of switches: it takes them off with the hook.
+            handles.append(RemovableHandle(_on(router)))
+            _on(router)[handles[-1].id] = mine
+        return handles
+
+    def _at(self, layer: int) -> _Switches:
+        off, on = ([e for at, e in pairs if at == layer] for pairs in (self.off, self.on))
+        return _Switches.of(off, on, self.mode)
+
+    def save(self, path: str | Path) -> None:
+        """Write the pairs (safetensors) and the mode (JSON in its header)."""
+        from safetensors.torch import save_file
+
+        pairs = {
+            name: torch.tensor(getattr(self, name), dtype=torch.int64).reshape(-1, 2)
+            for name in ("off", "on")
+        }
+        save_file(pairs, str(path), metadata={"mote": json.dumps({"mode": self.mode})})
+
+    @classmethod
+    def load(cls, path: str | Path) -> TunedExperts:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: another file.
+        """
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt") as file:
+            header = (file.metadata() or {}).get("mote")
+            if header is None:
+                raise ValueError(f"TunedExperts.load: {path} was not written by TunedExperts.save")
+            off, on = (file.get_tensor(name).tolist() for name in ("off", "on"))
+        return cls(off, on, **json.loads(header))
+
+
+@dataclass(frozen=True, eq=False)
+class _Switches:
+    """Experts of one router: weightless after the choice, out of it, and always in it."""
+
+    dropped: frozenset[int]
+    masked: frozenset[int]
+    lit: frozenset[int]
+
+    @classmethod
+    def of(cls, off: Sequence[int], on: Sequence[int], mode: Mode) -> _Switches:
+        """What one method switches."""
+        dark = frozenset(off)
+        dropped, masked = (dark if mode == kind else frozenset() for kind in ("drop", "mask"))
+        return cls(dropped, masked, frozenset(on))
+
+    @classmethod
+    def together(cls, among: Iterable[_Switches]) -> _Switches:
+        """What several methods switch."""
+        each = list(among)
+        return cls(
+            frozenset().union(*(one.dropped for one in each)),
+            frozenset().union(*(one.masked for one in each)),
+            frozenset().union(*(one.lit for one in each)),
+        )
+
+    def check(self, router: Any) -> None:
+        """Raises ValueError when the router cannot choose so."""
+        logits = torch.zeros(1, router.num_experts)
+        route(logits, router.top_k, off=self.dropped, on=self.lit, mode="drop")
+        route(logits, router.top_k, off=self.masked, on=self.lit, mode="mask")
+
+    def route(self, logits: Tensor, top_k: int, norm: bool) -> tuple[Tensor, Tensor]:
+        """Weights and indices ``(T, top_k)`` for ``(T, E)``."""
+        if self.masked:
+            logits = logits.index_fill(
+                -1, torch.tensor(sorted(self.masked)).to(logits.device), -torch.inf
+            )
+        return route(logits, top_k, off=self.dropped, on=self.lit, norm=norm)
+
+
+_SWITCHED: WeakKeyDictionary[nn.Module, OrderedDict[int, _Switches]] = WeakKeyDictionary()
+
+
+def _on(router: nn.Module) -> OrderedDict[int, _Switches]:
+    """What is switched at a router, in the order of entering."""
+    return _SWITCHED.setdefault(router, OrderedDict())
+
+
+def _tune(mine: _Switches) -> Callable[..., Any]:
+    """Forward hook of a router. Of several the one entered last acts, for all: it runs first, on what
+    the router itself chose."""
+
+    def tune(router: Any, args: Any, output: Any) -> Any:
+        switches = _on(router)
+        if next(reversed(switches.values())) is not mine:
+            return None
+        logits, weights, indices = output
+        norm = bool(getattr(router, "norm_topk_prob", True))
+        plain, at = route(logits, router.top_k, norm=norm)
+        if not torch.equal(at, indices) or not torch.allclose(plain, weights, atol=1e-2):
+            raise ValueError(
+                f"TunedExperts: {type(router).__name__} does not choose by softmax alone"
+            )
+        return logits, *_Switches.together(switches.values()).route(logits, router.top_k, norm)
+
+    return tune

@@ -170,8 +170,10 @@ class VAR(Method):
         object.__setattr__(self, "dims", tuple(int(d) for d in self.dims))
         if not self.dims:
             raise ValueError("VAR: dims is empty; find_massive_dims finds them")
-        if self.layers is not None and min(self.layers, default=1) < 1:
-            raise ValueError(f"VAR: layers must be >= 1, got {list(self.layers)}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(int(at) for at in self.layers))
+            if min(self.layers, default=1) < 1:
+                raise ValueError(f"VAR: layers must be >= 1, got {list(self.layers)}")
 
     def edits(self) -> Sequence[Edit]:
         """A reader of the layers' inputs, and an edit of the weights of rows after the image."""
@@ -241,7 +243,7 @@ class VAR(Method):
         )
 
 
-_KNOBS = ("tau", "rho", "min_sum", "p", "without")
+_KNOBS = ("tau", "rho", "min_sum", "p", "without", "layers", "image")
 
 
 def default_tau(width: int, tau: float | None) -> float:

@@ -6,8 +6,9 @@ import math
 
 import torch
 
+import regard
 from regard.models import Spans
-from regard.steer.agla import AssembleLogits, assemble_logits, keep_most_relevant, relevance_mask
+from regard.steer.agla import AGLA, assemble_logits, keep_most_relevant, relevance_mask
 from regard.steer.agla_text import mask_context, text_relevance
 from tests.conformance import FunctionExample, ModelExample
 from tests.models.tiny import make
@@ -31,9 +32,9 @@ def _on_model(model, ids):
     spans = Spans.of(13, image=(2, 8), text=(9, 13))
     relevance = text_relevance(model, ids, spans)
     masked = {"input_ids": ids, "attention_mask": mask_context(ids, relevance, spans, 0.5)}
-    branch = AssembleLogits(model, masked)
     long = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-    return [relevance, model.generate(ids, logits_processor=[branch], **long)]
+    with regard.patch(model, AGLA(model, masked)):
+        return [relevance, model.generate(ids, **long)]
 
 
 EXAMPLES = [
@@ -49,11 +50,6 @@ EXAMPLES = [
     ),
     ModelExample(
         _on_model,
-        bad=(
-            (
-                lambda: AssembleLogits(make("llama"), torch.ones(1, 3).long(), beta=2.0),
-                "beta must lie",
-            ),
-        ),
+        bad=((lambda: AGLA(make("llama"), torch.ones(1, 3).long(), beta=2.0), "beta must lie"),),
     ),
 ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import DynamicCache
 
-from regard.steer.alora import ALoRALinear
-from regard.steer.alora_model import attach, make_adapters
+import regard
+from regard.steer.alora import ALoRA, ALoRALinear
+from regard.steer.alora_model import ALoRAAdapters
 from tests.conformance import ModelExample, ModuleExample
 from tests.models.tiny import make
 
@@ -27,16 +27,19 @@ def _inputs(dtype):
 def _on_model(model, ids):
     torch.manual_seed(0)
     targets = ("q_proj", "v_proj") if model.config.model_type == "llama" else ("query_key_value",)
-    wanted = [p.requires_grad for p in model.parameters()]
-    adapters = make_adapters(model, targets=targets, r=4)
-    for adapter in adapters.values():
+    method = ALoRAAdapters.of(model, targets=targets, r=4)
+    for adapter in method.adapters:
         nn.init.normal_(adapter.B.weight)
-    with torch.no_grad(), attach(model, adapters):
-        found = [model(ids, past_key_values=DynamicCache()).logits]
+    with torch.no_grad(), regard.patch(model, method):
+        found = [model(ids).logits]
         found.append(model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False))
-    for parameter, was in zip(model.parameters(), wanted, strict=True):
-        parameter.requires_grad_(was)
     return found
+
+
+def _neutral():
+    """New adapters of the tiny Llama's queries and values: B is zero."""
+    wide, narrow = ALoRA(32, 32, r=4), ALoRA(32, 16, r=4)
+    return ALoRAAdapters({"0.q_proj": wide, "3.v_proj": narrow})
 
 
 EXAMPLES = [
@@ -54,6 +57,12 @@ EXAMPLES = [
     ),
     ModelExample(
         _on_model,
-        bad=((lambda: make_adapters(make("gpt_neox")), "no linear layer 'q_proj'"),),
+        bad=((lambda: ALoRAAdapters.of(make("gpt_neox")), "no linear layer 'q_proj'"),),
+    ),
+    ModelExample(
+        _on_model,
+        neutral=_neutral,
+        kinds=("llama",),
+        bad=((lambda: ALoRAAdapters({"q_proj": ALoRA(4, 4)}), "keys must be 'layer.target'"),),
     ),
 ]

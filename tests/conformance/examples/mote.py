@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from regard.steer.mote import behaviour_score, route
+from regard.steer.mote import TunedExperts
+from regard.steer.mote_resonance import behaviour_score
+from regard.steer.mote_route import route
 from tests.conformance import FunctionExample
 
 
@@ -51,6 +53,7 @@ EXAMPLES = [
         bad=(
             (lambda: route(torch.ones(2, 4), 2, off=[4]), r"experts \[4\]"),
             (lambda: route(torch.ones(2, 4), 3, off=[0, 1], mode="mask"), "do not fit that"),
+            (lambda: TunedExperts(mode="cut"), "mode must be one of drop, mask"),
             (lambda: behaviour_score(torch.ones(2, 1, 3), torch.tensor([True, True])), "one group"),
         ),
     ),
