@@ -24,12 +24,11 @@ from torch import Tensor
 import regard
 from regard.bench.timing import row
 from regard.models import load
-from regard.models.edit import Site
 from regard.steer.act import ACT
 from regard.steer.act_heads import calibrate_heads, helpful_heads
 
 from . import main
-from .counted import slope
+from .counted import edited, slope
 from .small_llama import small_llama
 
 DATA = Path(__file__).parent.parent / "tests" / "golden" / "data" / "smollm2-act.npz"
@@ -37,20 +36,10 @@ LAYERS = range(2, 29)
 MARGIN = 1e-4
 
 
-made: list[int] = []
-
-
-class _Counted(ACT):
-    def _calibrate(self, weights: Tensor, site: Site) -> Tensor:
-        made.append(weights.numel())
-        return super()._calibrate(weights, site)
-
-
 def weights_made(n: int) -> int:
     """Weights that the method edits in a prompt of `n` tokens, on a small Llama."""
     model = small_llama(2, 2 * n)
-    made.clear()
-    with torch.no_grad(), regard.patch(model, _Counted()):
+    with edited(ACT, "_calibrate") as made, torch.no_grad(), regard.patch(model, ACT()):
         model((torch.arange(n)[None] * 7) % 64)
     return sum(made)
 

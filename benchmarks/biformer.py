@@ -32,6 +32,7 @@ from regard.sparse.biformer_model import biformer
 
 from . import main
 from .counted import slope
+from .tiny_recall import Block
 
 CLASSES = 16
 PUBLISHED = {"tiny": 2.2e9, "small": 4.5e9, "base": 9.8e9}
@@ -103,18 +104,15 @@ class OwnRegion(BiLevelRoutingAttention):
         return torch.arange(regions, device=q.device)[None, :, None]
 
 
-class _Layer(nn.Module):
-    def __init__(self, attention: nn.Module, width: int) -> None:
+class _ChannelsLast(nn.Module):
+    """A module of images `(B, width, Y, X)` for those of `(B, Y, X, width)`."""
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.attention = attention
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
+        self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x).movedim(-1, 1)).movedim(1, -1)
-        out: Tensor = x + self.mlp(self.norm2(x))
+        out: Tensor = self.module(x.movedim(-1, 1)).movedim(1, -1)
         return out
 
 
@@ -131,7 +129,7 @@ class Corner(nn.Module):
         # Classes, and the question at the corner.
         self.embed = nn.Embedding(CLASSES + 1, width)
         self.mark = nn.Parameter(torch.randn(width))
-        self.layers = nn.Sequential(*(_Layer(one, width) for one in attentions))
+        self.layers = nn.Sequential(*(Block(_ChannelsLast(one), width) for one in attentions))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, CLASSES))
 
     def forward(self, ids: Tensor, marked: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Counts the query-key pairs that the attention calls of some modules compute."""
+"""Counts work: pairs that attention calls compute, numbers that an edit of a method is given."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from unittest import mock
 from torch import Tensor
 
 from regard import attend
+from regard.models.edit import Site
+from regard.models.method import Method
 
 
 class Count:
@@ -42,6 +44,25 @@ def counted(*modules: ModuleType) -> Iterator[Count]:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "attend", count.attend))
         yield count
+
+
+@contextmanager
+def edited(kind: type[Method], edit: str) -> Iterator[list[int]]:
+    """How many numbers each call of an edit was given, while methods of this class are in use.
+
+    Args:
+        kind: the method's class.
+        edit: name of its function `(self, x, site) -> x`.
+    """
+    whole, sizes = getattr(kind, edit), []
+
+    def counting(self: Method, x: Tensor, site: Site) -> Tensor:
+        sizes.append(x.numel())
+        out: Tensor = whole(self, x, site)
+        return out
+
+    with mock.patch.object(kind, edit, counting):
+        yield sizes
 
 
 def slope(sizes: Sequence[int], work: Sequence[float]) -> float:

@@ -13,33 +13,27 @@ import time
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 import regard
 from regard.bench.timing import row
 from regard.models import Spans
-from regard.models.edit import Site
 from regard.steer.dual_stream_modulation import DualStream
 
 from . import main
-from .counted import slope
+from .counted import edited, slope
 from .needle_bed import measured, note, prompts, tell
 from .small_llama import small_llama
-
-made: list[int] = []
-
-
-class _Counted(DualStream):
-    def _boost(self, scores: Tensor, site: Site) -> Tensor:
-        made.append(scores.numel())
-        return super()._boost(scores, site)
 
 
 def scores_made(n: int) -> int:
     """Scores edited in a prompt of `n` tokens, whose last row is, on a small Llama."""
     model = small_llama(3, 2 * n)
-    made.clear()
-    with torch.no_grad(), regard.patch(model, _Counted(), spans=Spans.of(n, image=(2, n // 2))):
+    spans = Spans.of(n, image=(2, n // 2))
+    with (
+        edited(DualStream, "_boost") as made,
+        torch.no_grad(),
+        regard.patch(model, DualStream(), spans=spans),
+    ):
         model((torch.arange(n)[None] * 7) % 64)
     return sum(made)
 

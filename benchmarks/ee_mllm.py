@@ -17,7 +17,7 @@ import torch
 from regard import Causal, attend
 from regard.bench.timing import paired, row
 from regard.steer import ee_mllm
-from regard.steer.ee_mllm import ImageAlone, composite_attention
+from regard.steer.ee_mllm import composite_attention, image_alone
 
 from . import main
 from .counted import counted, slope
@@ -26,7 +26,7 @@ from .counted import counted, slope
 def _pairs(image: int, text: int) -> tuple[int, int]:
     """Allowed pairs of the composite and of the causal mask, image first."""
     n = image + text
-    mask = Causal() & ImageAlone(((0, image),))
+    mask = Causal() & image_alone(((0, image),))
     ours, theirs = (int(m.layout(n, n, 64).allowed_pairs()) for m in (mask, Causal()))
     return ours, theirs
 

@@ -20,22 +20,14 @@ from torch import Tensor
 import regard
 from regard.bench.timing import row
 from regard.models import SiteProbe, Spans
-from regard.models.edit import In, Site
+from regard.models.edit import In
 from regard.steer.gift import GIFT
 from regard.steer.gift_gaze import GazeProbe
 
 from . import main
-from .counted import slope
+from .counted import edited, slope
 from .needle_bed import Prompt, measured, model, note, prompts, tell
 from .small_llama import small_llama
-
-made: list[int] = []
-
-
-class _Counted(GIFT):
-    def _enhance(self, weights: Tensor, site: Site) -> Tensor:
-        made.append(weights.numel())
-        return super()._enhance(weights, site)
 
 
 def weights_made(n: int) -> int:
@@ -43,7 +35,12 @@ def weights_made(n: int) -> int:
     small = small_llama(3, 2 * n)
     ids = (torch.arange(n)[None] * 7) % 64
     spans = Spans.of(n - 1, image=(2, n // 2), text=(n - 10, n - 2))
-    with torch.no_grad(), regard.patch(small, _Counted(setup=[0], layers=[1, 2]), spans=spans):
+    method = GIFT(setup=[0], layers=[1, 2])
+    with (
+        edited(GIFT, "_enhance") as made,
+        torch.no_grad(),
+        regard.patch(small, method, spans=spans),
+    ):
         cache = small(ids[:, :-1]).past_key_values
         made.clear()
         small(ids[:, -1:], past_key_values=cache)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import regard
-from regard import Causal, Full
+from regard import Causal, Full, Rectangles
 from regard.bench.timing import row
 from regard.models import Spans
-from regard.steer.mma import ModalityMutual, MutualMask
+from regard.steer.mma import ModalityMutual
 
 from . import main
 from .counted import slope
@@ -35,7 +35,7 @@ def growth(sizes: tuple[int, ...] = (64, 256, 1024)) -> list[dict[str, Any]]:
     start = time.perf_counter()
     counts, causal = [], []
     for n in sizes:
-        mask = Causal() | MutualMask(((0, n // 2),), ((n // 2, n // 2 + n // 8),))
+        mask = Causal() | Rectangles(((0, n // 2),), ((n // 2, n // 2 + n // 8),))
         counts.append(mask.layout(n, n, 32).allowed_pairs())
         causal.append(Causal().layout(n, n, 32).allowed_pairs())
     note = f"grow as N^{slope(sizes, counts):.2f}, {counts[-1] / causal[-1]:.2f} of causal's"

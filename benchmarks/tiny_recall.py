@@ -103,7 +103,14 @@ class _Heads(nn.Module):
         return out
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
+    """A layer: attention and a two-layer perceptron, each behind a LayerNorm and added.
+
+    Args:
+        attention: maps `(..., width)` to the same.
+        width: of the stream.
+    """
+
     def __init__(self, attention: nn.Module, width: int) -> None:
         super().__init__()
         self.attention = attention
@@ -130,7 +137,7 @@ class Model(nn.Module):
     def __init__(self, attentions: list[nn.Module], length: int, width: int) -> None:
         super().__init__()
         self.embed, self.place = nn.Embedding(TOKENS, width), nn.Embedding(length, width)
-        self.layers = nn.Sequential(*(_Block(one, width) for one in attentions))
+        self.layers = nn.Sequential(*(Block(one, width) for one in attentions))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, VALUES))
 
     def attend_with(self, make_attention: Callable[[int], Attention]) -> None:

@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regard.core import data_masks, masks
+from regard.core import data_masks, masks, rectangle_mask
 from regard.report import charts, page
 from regard.report.mask_text import parse_mask
 from regard.report.pictures import mask_png, mask_tile
 from regard.report.shares import shares
 
-WORDS = {**vars(masks), **vars(data_masks), "torch": torch}
+WORDS = {**vars(masks), **vars(data_masks), **vars(rectangle_mask), "torch": torch}
 
 ATOMS = st.sampled_from(
     [
@@ -33,6 +33,8 @@ ATOMS = st.sampled_from(
         "Prefix(4)",
         "Dilated(2, dilation=3)",
         "Strided(stride=3)",
+        "Rectangles([(1, 4), (3, 6)], keys=((2, 9),))",
+        "Rectangles(queries=[[0, 3]])",
         "Shifted(Causal(), -2)",
         "Documents(torch.tensor([0, 0, 0, 1, 1, 2, 2, -1, -1, -1, 3, 3]))",
         f"Keys(torch.tensor({[False] + 10 * [True] + [False]}))",
@@ -91,6 +93,7 @@ def test_parsing_takes_bare_lists_and_heads() -> None:
         ("Sinks('x')", r"is not allowed here"),
         ("PerHead(Causal())", r"PerHead: masks cannot be Causal\(\)"),
         ("Shifted(3, 1)", r"Shifted: mask cannot be 3"),
+        ("Rectangles([Causal()])", r"Rectangles: queries must be ranges .*, got \[Causal\(\)\]"),
         ("Documents([[1], [2, 3]])", r"Documents: expected lists of numbers"),
         ("().__class__", r"is not allowed here"),
         ("torch.load('x')", r"'torch\.load' is not the name of a mask"),

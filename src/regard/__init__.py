@@ -34,6 +34,7 @@ _HOME = {
         "regard.core.masks",
     ),
     **dict.fromkeys(("Documents", "Keys", "Dense", "PerHead"), "regard.core.data_masks"),
+    "Rectangles": "regard.core.rectangle_mask",
     **dict.fromkeys(
         ("Bias", "DenseBias", "ALiBi", "RelativeBias1D", "RelativeBias2D", "LowRankBias"),
         "regard.core.bias",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .core.masks import SlidingWindow as SlidingWindow
     from .core.masks import Strided as Strided
     from .core.merge import merge as merge
+    from .core.rectangle_mask import Rectangles as Rectangles
     from .core.recur import recur as recur
     from .core.recur_packed import recur_packed as recur_packed
     from .core.stats import attention_stats as attention_stats

@@ -186,8 +186,8 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Names such as window:512, masks, or steering methods such as gift(alpha=3.0); "
-            "commas."
+            help="Names such as window:512 or hip:prefill (questions and decoding stay dense), masks, "
+            "or steering methods such as gift(alpha=3.0); commas."
         ),
     ] = "full,window,streaming",
     seed: Annotated[int, typer.Option(help="Seed of the needles and tasks.")] = 0,

@@ -19,7 +19,7 @@ from regard.bench.tasks import TASKS, suite
 from regard.bench.text import read_text, tokens
 from regard.catalog import catalog
 from regard.core.select import Selector
-from regard.models import Method
+from regard.models import Method, SelectMethod
 from regard.sparse.generic import BlockTopK
 
 _TINY = {
@@ -116,9 +116,17 @@ def test_methods_by_name():
         ("window:x", "positive whole number"),
         ("window:0", "positive whole number"),
         ("full:3", "positive whole number"),
+        ("hip:x:prefill", "positive whole number"),
+        ("window:16:prefill", "only selectors leave questions and decoding dense: exact-topk"),
+        ("hyper:prefill", "only selectors"),
     ):
         with pytest.raises(ValueError, match=words):
             method(text, 64)
+    for text, name in (("hip:prefill", "hip:256:prefill"), ("hip:99:prefill", "hip:99:prefill")):
+        found = method(text, 64)
+        assert found.name == name
+        assert isinstance(found.how, SelectMethod) and not found.how.decode
+        assert found.how.selector == method(name.removesuffix(":prefill"), 64).how
 
 
 def test_methods_from_files(tmp_path):

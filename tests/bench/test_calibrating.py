@@ -317,6 +317,7 @@ PROMPTED = {"context": CONTEXT, "prompt": PROMPT}
         ("act", {"settings": ["beta=much"]}, "act's beta must be float, got 'much'"),
         ("act", {"settings": ["beta=True"]}, "act's beta must be float, got 'True'"),
         ("act", {"settings": ["min_rows=1.5"]}, "act's min_rows must be int, got '1.5'"),
+        ("act", {"settings": ["beta={[]: 1}"]}, "act's beta must be float, got .{\\[\\]: 1}"),
         ("act", {"settings": ["causal=1"]}, "act's causal must be bool, got '1'"),
         ("hylra", {"settings": ["chunk=1.5"]}, "chunk must be int or None, got '1.5'"),
         ("act", {"settings": ["margin=-1"]}, "margin must be >= 0, got -1"),
@@ -347,6 +348,17 @@ def test_mistakes(model, tmp_path, name, given, words):
     with pytest.raises(ValueError, match=words):
         calibrating.run(name, tmp_path / "x", **given)
     assert files(tmp_path) == []
+
+
+def test_a_template_that_changes_the_prompt(model, monkeypatch, tmp_path):
+    whole = Tokenizer.apply_chat_template
+    monkeypatch.setattr(Tokenizer, "apply_chat_template", lambda *x, **y: whole(*x, **y).upper())
+    with pytest.raises(
+        ValueError, match=r"^calibrate: the chat template changes the prompt's text"
+    ):
+        calibrating.run("vhr", tmp_path / "x", **PROMPTED)
+    with pytest.raises(ValueError, match=r"^steer: the chat template changes the prompt's text"):
+        parts(Tokenizer(), PROMPT, CONTEXT, "image")
 
 
 def test_places_that_cannot_be_written_are_refused_before_the_model_is_loaded(

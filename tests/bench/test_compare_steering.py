@@ -11,7 +11,7 @@ from rich.console import Console
 
 import regard
 from regard.bench import compare, steer_names
-from regard.bench.method_text import called, commas, leading
+from regard.bench.method_text import called, commas, leading, literal
 from regard.bench.methods import method
 from regard.bench.quality import prefill
 from regard.bench.steer_spans import looks_ahead, of_prompt, of_text, told
@@ -84,6 +84,9 @@ def test_text_of_methods():
     assert leading("gift (alpha=3.0)") == "gift"
     assert leading("dual-stream-modulation(a=1)") == "dual-stream-modulation"
     assert leading("~Causal()") == leading("(Causal() | Full())") == leading("vhr") == ""
+    assert literal("(1, 0.5)") == (1, 0.5) and literal("'1'") == "1" and literal("None") is None
+    for text in ("mean", "{[]: 1}", "1 +", "print(1)", "a.b", ""):
+        assert literal(text) == text
 
 
 def test_steering_methods_by_name():

@@ -18,6 +18,7 @@ from regard import (
     PerHead,
     Predicate,
     Prefix,
+    Rectangles,
     Shifted,
     Sinks,
     SlidingWindow,
@@ -26,6 +27,7 @@ from regard import (
 
 M = 23
 small = st.integers(0, 30)
+ranges = st.lists(st.tuples(small, small).map(lambda x: tuple(sorted(x))), max_size=3)
 bits = st.lists(st.booleans(), min_size=M, max_size=M).map(lambda x: torch.tensor(x))
 ids = st.lists(st.integers(-1, 3), min_size=M, max_size=M).map(torch.tensor)
 
@@ -35,10 +37,14 @@ def _where(rule):
     return torch.tensor([[bool(rule(i, j)) for j in range(M)] for i in range(M)])
 
 
+def _inside(ranges, at):
+    return ranges is None or any(a <= at < z for a, z in ranges)
+
+
 @st.composite
 def leaves(draw):
     """A mask and its dense tensor, the latter by plain Python rules."""
-    kind = draw(st.integers(0, 9))
+    kind = draw(st.integers(0, 10))
     a, b = draw(small), draw(small)
     step = draw(st.integers(1, 7))
     if kind == 0:
@@ -62,6 +68,10 @@ def leaves(draw):
     if kind == 8:
         x = draw(bits)
         return Keys(x), _where(lambda i, j: x[j])
+    if kind == 9:
+        rows, keys = (draw(st.none() | ranges) for _ in "ij")
+        rule = _where(lambda i, j: _inside(rows, i) and _inside(keys, j))
+        return Rectangles(rows, keys), rule
     rule = _where(lambda i, j: (i * j) % step == 0)
     return Predicate(lambda i, j, h, b: (i * j) % step == 0), rule
 
@@ -112,6 +122,8 @@ def test_repr_can_be_pasted_back():
         ~Strided(4),
         PerHead([Dilated(3, 2), SlidingWindow(1, 2)]),
         Shifted(Sinks(2), 5),
+        Rectangles([(2, 4), (6, 7)], [(0, 3)]) | Rectangles(keys=[(1, 2)]),
+        Rectangles() & Rectangles(queries=[]),
         Documents(torch.tensor([0, 0, 1])),
         Keys(torch.tensor([[True, False]])),
         Dense(torch.tensor([[True, False]])),
@@ -122,6 +134,13 @@ def test_repr_can_be_pasted_back():
         m = {Documents: 3, Keys: 2, Dense: 2}.get(type(mask), 9)
         n = 1 if isinstance(mask, Dense) else m
         assert torch.equal(again.dense(n, m), mask.dense(n, m))
+
+
+def test_rectangles_join_what_touches():
+    one = Rectangles(((1, 5),), ((6, 9),))
+    assert one == Rectangles([(3, 5), (1, 3)], [(6, 8), (7, 9), (2, 2)])
+    assert hash(one) == hash(Rectangles([[1, 5]], [[6, 9]]))
+    assert one != Rectangles(((1, 5),)) and Rectangles().dense(3).all()
 
 
 def test_a_mask_for_an_empty_batch():

@@ -301,3 +301,47 @@ def test_gradients_flow_through_edits():
     with torch.no_grad():
         numeric = (loss(torch.tensor(1 + step)) - loss(torch.tensor(1 - step))) / (2 * step)
     torch.testing.assert_close(slope, numeric, atol=1e-2, rtol=2e-2)
+
+
+@torch.no_grad()
+def test_sequences_that_were_repeated_keep_their_positions():
+    """As generate does for beams: the cache of a prompt, each sequence twice."""
+    model, x = make("llama"), ids(2, 7)
+    places = torch.arange(7)[None] + torch.tensor([[0], [5]])
+
+    class Look(Method):
+        def attend(self, call, inner):
+            self.seen = call.rotary.key_positions
+            return inner(call)
+
+    method = Look()
+    with regard.patch(model, method):
+        cache = model(x, position_ids=places, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        new = ids(4, 1, seed=2)
+        after = (places[:, -1:] + 1).repeat_interleave(2, 0)
+        model(new, position_ids=after, past_key_values=cache)
+    assert torch.equal(method.seen, torch.cat([places.repeat_interleave(2, 0), after], 1))
+
+
+@torch.no_grad()
+def test_a_fork_copies_what_is_known_of_caches_inside_a_cache():
+    model, x = make("llama"), ids(1, 6)
+
+    class Count(Method):
+        def attend(self, call, inner):
+            store = call.cache_store
+            store[call.layer] = store.get(call.layer, 0) + call.n
+            self.seen = store[call.layer]
+            return inner(call)
+
+    method = Count()
+    with regard.patch(model, method):
+        outer = model(x, use_cache=True).past_key_values
+        inner = model(x[:, :4], use_cache=True).past_key_values
+        outer.branch = inner
+        twin = regard.models.fork(model, outer)
+        assert twin.branch is not inner
+        for cache, count in ((twin, 7), (twin.branch, 5), (twin.branch, 6), (inner, 5)):
+            model(x[:, :1], past_key_values=cache)
+            assert method.seen == count

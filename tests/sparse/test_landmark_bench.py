@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 from benchmarks import counted, landmark, longheads
+from tests.models.tiny import ids, make
 
+import regard
 from regard import Causal, attend
 from regard.core import row_blocks
 
@@ -28,6 +30,20 @@ def test_counting_counts_pairs():
     # 16 x 16 blocks on and below the diagonal, the last row and column of 8.
     assert count.pairs - 9600 == 6 * (16 * 16 + 16 * 32 + 8 * 40)
     assert counted.slope([1, 2, 4], [3, 5, 48]) == 2.0
+
+
+def test_counting_counts_what_an_edit_is_given():
+    from regard.steer.act import ACT
+
+    model, before = make("llama"), ACT._calibrate
+    with (
+        counted.edited(ACT, "_calibrate") as sizes,
+        regard.patch(model, ACT(heads=[(1, 0), (1, 2)])),
+    ):
+        model(ids(3, 7))
+        assert sizes == [3 * 2 * 7 * 7]
+        model(ids(3, 5))
+    assert sizes == [294, 3 * 2 * 5 * 5] and ACT._calibrate is before
 
 
 def test_landmark_training_is_quadratic_and_decoding_reads_few_blocks():

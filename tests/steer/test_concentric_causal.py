@@ -166,10 +166,25 @@ def test_on_images():
     plain = model(**inputs).logits
     with (
         regard.patch(model, ConcentricCausal(), spans=spans),
-        pytest.raises(ValueError, match="several axes"),
+        pytest.raises(ValueError, match="differ between axes: rings are defined for one axis"),
     ):
         model(**inputs)
     assert torch.equal(model(**inputs).logits, plain)
+
+
+@torch.no_grad()
+def test_text_of_a_model_with_three_axes_is_laid_out_on_all():
+    """As if the model were handed rings and mask, whether it is given positions (generate) or not."""
+    model, x = qwen2_vl()[0], ids(2, 20) % 50 + 3
+    positions, allow = cca_layout(20, (2, 18))
+    bias = torch.zeros(2, 1, 20, 20).masked_fill(~allow, torch.finfo(torch.float32).min)
+    want = model(x, position_ids=positions.expand(3, 2, -1), attention_mask=bias).logits
+    assert (model(x).logits - want).abs().max() > 1e-2
+    with regard.patch(model, ConcentricCausal(), spans=WIDE):
+        torch.testing.assert_close(model(x).logits, want, atol=1e-5, rtol=1e-5)
+        long = {"output_logits": True, "return_dict_in_generate": True, **moving.GREEDY}
+        first = model.generate(x, **long).logits[0]
+    torch.testing.assert_close(first, want[:, -1], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from regard.models import Spans, capture
 from regard.steer.ee_mllm import (
     EEMLLM,
     CompositeAttention,
-    ImageAlone,
     composite_attention,
     composite_mask,
+    image_alone,
 )
 
 EMPTY = Spans.of(14, image=[], text=(9, 13))
@@ -46,7 +46,7 @@ def test_fast_form_is_dense_attention_under_the_mask(image, sees):
             allow[range(a, z), range(a, z)] = True
     got = composite_attention(q, k, v, image, sees)
     torch.testing.assert_close(got, dense(q, k, v, allow), atol=1e-12, rtol=1e-12)
-    mask = Causal() & ImageAlone(tuple(image), sees)
+    mask = Causal() & image_alone(tuple(image), sees)
     assert torch.equal(mask.dense(13), allow)
     for block in (2, 4, (3, 5)):
         assert torch.equal(mask.layout(13, 13, block).dense()[0, 0], allow)
@@ -178,8 +178,8 @@ def test_on_images():
     ("call", "words"),
     [
         (lambda: EEMLLM("all"), "update must be one of"),
-        (lambda: ImageAlone(((1, 2),), "text"), "sees must be one of"),
-        (lambda: ImageAlone(((3, 2),)), "0 <= start <= stop"),
+        (lambda: image_alone(((1, 2),), "text"), "sees must be one of"),
+        (lambda: image_alone(((3, 2),)), "0 <= start <= stop"),
         (lambda: composite_mask(5, (2, 6)), "does not lie inside 5 tokens"),
         (lambda: CompositeAttention(16, 3), "expected multiples"),
         (lambda: composite_attention(*rand(3, 1, 1, 4, 2), [(2, 3), (1, 2)]), "ascending ranges"),

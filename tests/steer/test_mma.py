@@ -12,9 +12,9 @@ from tests.models.tiny import ids, make
 from tests.steer import moving
 
 import regard
-from regard import Causal
+from regard import Causal, Rectangles
 from regard.models import SiteProbe, Spans
-from regard.steer.mma import ModalityMutual, MutualMask, mutual_mask
+from regard.steer.mma import ModalityMutual, mutual_mask
 
 DATA = Path(__file__).parents[1] / "golden" / "data"
 EMPTY = Spans.of(14, image=(2, 8), text=[])
@@ -39,7 +39,7 @@ def test_is_the_mask_written_out(image, text):
     batch = torch.stack([padding, torch.ones_like(padding)])
     both = mutual_mask(14, image, text, batch)
     assert torch.equal(both[0], want) and torch.equal(both[1], mutual_mask(14, image, text))
-    mask = Causal() | MutualMask((image,), (text,))
+    mask = Causal() | Rectangles((image,), (text,))
     assert mask.closed
     for block in (3, 4, (5, 2)):
         assert torch.equal(mask.layout(14, 14, block).dense()[0, 0], mutual_mask(14, image, text))
@@ -48,7 +48,7 @@ def test_is_the_mask_written_out(image, text):
 def test_limits():
     assert torch.equal(mutual_mask(9, (1, 4), (6, 6)), Causal().dense(9))
     # Two ranges side by side are one.
-    one, two = MutualMask(((1, 5),), ((6, 9),)), MutualMask(((1, 3), (3, 5)), ((6, 7), (7, 9)))
+    one, two = Rectangles(((1, 5),), ((6, 9),)), Rectangles(((1, 3), (3, 5)), ((6, 7), (7, 9)))
     for block in (2, 4):
         a, b = (mask.layout(12, 12, block) for mask in (one, two))
         assert torch.equal(a.dense(), b.dense()) and a.listed_pairs() == b.listed_pairs()
@@ -163,7 +163,7 @@ def test_gradients_reach_the_image_from_the_question():
         (lambda: mutual_mask(9, (2, 10), (4, 5)), "image .* does not lie inside 9 tokens"),
         (lambda: mutual_mask(9, (2, 4), (6, 5)), "text .* does not lie inside"),
         (lambda: mutual_mask(9, (2, 4), (5, 7), torch.ones(8)), "padding covers 8 keys"),
-        (lambda: MutualMask(((3, 1),), ()), "0 <= start <= stop"),
+        (lambda: Rectangles(((3, 1),), ()), "0 <= start <= stop"),
     ],
 )
 def test_bad_input_is_named(call, words):

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 from tests.models.tiny import ids, make
-from tests.steer.test_mote import make as make_mixture
+from tests.steer.tiny_moe import make as make_mixture
 from torch import nn
 
 import regard

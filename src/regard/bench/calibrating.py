@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import inspect
 import os
@@ -23,6 +22,7 @@ from ..models.load import DEFAULT
 from ..models.progress import Progress
 from .calibrate_given import IMAGE, Given
 from .calibrations import KINDS, Kind
+from .method_text import literal
 from .steering import parts
 from .text import read_text, tokens
 from .timing import machine
@@ -109,7 +109,7 @@ def run(
         only = None if layers is None else sorted(set(layers))
         if kind.needs == "prompt":
             assert prompt is not None and context is not None
-            ids, spans = parts(tokenizer, prompt, context, IMAGE)
+            ids, spans = parts(tokenizer, prompt, context, IMAGE, "calibrate")
             given = Given(loaded, ids.to(loaded.device), None, spans, only, progress)
             given.fits(ids.shape[1])
             read: dict[str, Any] = {"prompt": prompt, "context": context}
@@ -165,7 +165,7 @@ def _settings(name: str, kind: Kind, settings: Sequence[str]) -> dict[str, Any]:
                 f"calibrate: {name} has no setting {key!r}; it has {', '.join(allowed)}"
             )
         hint = hints[key]
-        value: Any = words if hint is str else _literal(words)
+        value: Any = words if hint is str else literal(words)
         # Python takes True for 1, and a user who wrote one of them did not mean the other.
         fits = hint is bool if isinstance(value, bool) else isinstance(value, hint)
         if isinstance(value, int) and not fits and not isinstance(value, bool):
@@ -176,13 +176,6 @@ def _settings(name: str, kind: Kind, settings: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"calibrate: {name}'s {key} must be {expected}, got {words!r}")
         given[key] = value
     return given
-
-
-def _literal(words: str) -> Any:
-    try:
-        return ast.literal_eval(words)
-    except (ValueError, SyntaxError):
-        return words
 
 
 def _check(

@@ -1,8 +1,10 @@
-"""Lists of methods as text: commas that separate, and settings in brackets."""
+"""Lists of methods as text: commas that separate, settings in brackets, and their values."""
 
 from __future__ import annotations
 
+import ast
 import re
+from typing import Any
 
 
 def commas(text: str) -> list[str]:
@@ -35,3 +37,11 @@ def leading(text: str) -> str:
     """The word before the first bracket, ``""`` if there is none: ``gift`` of ``gift(alpha=3.0)``."""
     found = re.match(r"\s*([\w-]+)\s*\(", text)
     return found[1] if found else ""
+
+
+def literal(text: str) -> Any:
+    """The value of a Python literal (a number, a text, a tuple, ...); what is none is a text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        return text

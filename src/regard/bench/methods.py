@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.masks import Causal, Dilated, Mask, Sinks, SlidingWindow, Strided
+from ..core.select import Selector
 from ..models.method import Method
+from ..models.select_method import SelectMethod
 from ..patterns.power import Power
 from ..patterns.s2_pattern import S2
 from .calibrated import CALIBRATED
@@ -34,6 +36,8 @@ class Named:
 
 # Heads of the default model, SmolLM2-135M.
 SMOLLM2 = Heads(9, 3)
+# A pass of at most so many tokens is a question or a decoding step.
+FEW = 64
 
 
 def _quarter(length: int) -> int:
@@ -128,6 +132,9 @@ def method(text: str | How, length: int, heads: Heads = SMOLLM2) -> Named:
     """A method by its name, ``NAME``, ``NAME:NUMBER`` or ``NAME@FILE``, a steering method by
     ``NAME`` or ``NAME(KEY=VALUE, ...)``, or any mask, selector or method.
 
+    A selector's name may end in ``:prefill``: it chooses for the prompt, and questions and decoding
+    steps, which cost little, stay dense.
+
     Args:
         text: the name, or what has none, which is taken as it is.
         length: number of tokens, which default numbers depend on.
@@ -146,7 +153,8 @@ def method(text: str | How, length: int, heads: Heads = SMOLLM2) -> Named:
         raise ValueError(f"compare: {text!r}: write the file in brackets, {name}(file={file})")
     if at:
         return Named(text, _calibrated(name, file, length))
-    name, _, number = text.partition(":")
+    stem = text.removesuffix(":prefill")
+    name, _, number = stem.partition(":")
     if name not in KNOWN:
         if name in CALIBRATED:
             raise ValueError(
@@ -164,4 +172,14 @@ def method(text: str | How, length: int, heads: Heads = SMOLLM2) -> Named:
         )
     else:
         value = int(number)
-    return Named(name if name == "full" else f"{name}:{value}", kind.make(value, heads))
+    how = kind.make(value, heads)
+    shown = name if name == "full" else f"{name}:{value}"
+    if stem == text:
+        return Named(shown, how)
+    if not isinstance(how, Selector):
+        choosing = [one for one, k in KNOWN.items() if isinstance(k.make(64, heads), Selector)]
+        raise ValueError(
+            f"compare: method {text!r}: only selectors leave questions and decoding dense: "
+            f"{', '.join(choosing)}"
+        )
+    return Named(f"{shown}:prefill", SelectMethod(how, decode=False, few=FEW))

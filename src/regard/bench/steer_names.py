@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import inspect
@@ -14,6 +13,7 @@ from typing import Any
 from ..card import Card
 from ..catalog import cards
 from ..models.method import Method
+from .method_text import literal
 
 # Layers that depend on a model's depth are tried on this one.
 _DEPTH = 32
@@ -103,7 +103,7 @@ def build(name: str, settings: Sequence[str], who: str = "steer") -> Method:
         elif key not in allowed:
             raise ValueError(f"{who}: {name} has no setting {key!r}; it has {', '.join(allowed)}")
         else:
-            given[key] = _literal(value)
+            given[key] = literal(value)
     missing = [
         key
         for key, parameter in allowed.items()
@@ -156,13 +156,6 @@ def _made(kind: type[Method], given: dict[str, Any], file: str | None, who: str)
         values = ", ".join(f"{key}={value!r}" for key, value in given.items())
         raise ValueError(f"{who} cannot be made with {values}: {error}") from error
     return made
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
-        return text
 
 
 def _parameters(kind: type[Method]) -> dict[str, inspect.Parameter]:

@@ -98,10 +98,22 @@ def run(
     }
 
 
-def parts(tokenizer: Any, prompt: str, context: str | None, role: str) -> tuple[Tensor, Spans]:
+def parts(
+    tokenizer: Any, prompt: str, context: str | None, role: str, who: str = "steer"
+) -> tuple[Tensor, Spans]:
     """Token ids of the chat and its spans: ``role`` (the context), ``text`` and ``template``.
 
     A token that reaches over the border of context and question belongs to the question.
+
+    Args:
+        tokenizer: with a chat template.
+        prompt: the question.
+        context: what it is about, in front of it.
+        role: what the context's span is called.
+        who: the command that asks, which messages name.
+
+    Raises:
+        ValueError: the template changes the text.
     """
     body = prompt if context is None else f"{context}\n\n{prompt}"
     ids, turns = chat_spans(tokenizer, [{"role": "user", "content": body}])
@@ -110,7 +122,7 @@ def parts(tokenizer: Any, prompt: str, context: str | None, role: str) -> tuple[
     start = words[-1].rfind(body)
     if start < 0:
         raise ValueError(
-            "steer: the chat template changes the prompt's text; spans cannot be found"
+            f"{who}: the chat template changes the prompt's text; spans cannot be found"
         )
     ends = [len(word) for word in words]
 

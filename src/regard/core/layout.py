@@ -179,7 +179,7 @@ class BlockLayout:
 
     def under(self, mask: Mask) -> BlockLayout:
         """The same blocks with ``mask`` applied inside, blocks that it empties dropped."""
-        if self.mask is mask:
+        if self.mask == mask:
             return self
         joint = mask if self.mask is None else self.mask & mask
         index = self.index

@@ -163,8 +163,12 @@ def chosen_layout(
     index = index.view(bl, hl, nq, width)
     plain = torch.zeros_like(index, dtype=torch.bool)
     # One short query block, as in decoding, is not computed as a whole one.
-    layout = BlockLayout(n, m, max(1, min(bq, n)), bk, index, plain, None, perm_q, perm_k)
-    return layout.under(Causal() if mask is None else mask)
+    side = max(1, min(bq, n))
+    mask = Causal() if mask is None else mask
+    if n == 1 and isinstance(mask, Causal):  # the last row sees every key
+        return BlockLayout(n, m, side, bk, index, plain, mask, perm_q, perm_k)
+    layout = BlockLayout(n, m, side, bk, index, plain, None, perm_q, perm_k)
+    return layout.under(mask)
 
 
 class Summaries:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .agent import agent_attention, pooled_agents, square_side
+from .grid_tokens import check_grid_tokens
 from .local_mix import local_mix
 
 _TABLE = 7  # Side of the bias tables that are interpolated to the grid.
@@ -105,12 +106,7 @@ class AgentAttention(nn.Module):
                 interpolated to another.
         """
         grid = self.grid if grid is None else grid
-        tokens = self.num_prefix + grid[0] * grid[1]
-        if x.dim() != 3 or tuple(x.shape[1:]) != (tokens, self.proj.in_features):
-            raise ValueError(
-                f"AgentAttention: x must be (batch, {tokens}, {self.proj.in_features}), got "
-                f"{tuple(x.shape)}"
-            )
+        check_grid_tokens("AgentAttention", x, grid, self.proj.in_features, self.num_prefix)
         qkv = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in qkv)
         agents = pooled_agents(q[:, :, self.num_prefix :], grid, self.agent_num)

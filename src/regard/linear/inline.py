@@ -26,6 +26,7 @@ from regard.card import Card
 from regard.core.call import compute_dtype
 from regard.core.recur import recur
 
+from .grid_tokens import check_grid_tokens
 from .local_mix import local_mix
 
 CARD = Card(
@@ -198,12 +199,7 @@ class InLineAttention(nn.Module):
                 depends on it.
         """
         grid = self.grid if grid is None else grid
-        tokens = self.num_prefix + grid[0] * grid[1]
-        if x.dim() != 3 or tuple(x.shape[1:]) != (tokens, self.proj.in_features):
-            raise ValueError(
-                f"InLineAttention: x must be (batch, {tokens}, {self.proj.in_features}), got "
-                f"{tuple(x.shape)}"
-            )
+        check_grid_tokens("InLineAttention", x, grid, self.proj.in_features, self.num_prefix)
         qkv = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in qkv)
         out = inline_attention(q, k, v, self.phi).transpose(1, 2).flatten(2)

@@ -42,7 +42,7 @@ class Pass:
         past: tokens before it (columns that the KV cache has seen).
         prompt: length of the prompt; what follows is generated.
         find_spans: the engine's answer to :meth:`spans`.
-        position_ids: what the model was given, ``(B or 1, N)``, or ``None``.
+        position_ids: what the model was given, ``(B or 1, N)`` or with axes in front, or ``None``.
         given_spans: the ``spans=`` keyword of this very call of the model, or ``None``.
         heads: number of query heads of each layer that has run so far.
         record: what is kept with the KV cache, or ``None`` without one.
@@ -216,6 +216,8 @@ class AttentionCall:
     @property
     def rotary(self) -> Rotary:
         """The model's rotary embedding: ``unrotate``, ``rotate`` and the keys' positions.
+
+        ``key_positions`` is for methods of one axis of positions; ``key_axes`` has all of them.
 
         Raises:
             ValueError: when the model has none that can be found, or when the patch was entered

@@ -77,17 +77,17 @@ class Tracker:
             _extend(passing.record, passing)
 
     def key_positions(self, m: int) -> Tensor:
-        """Position ids of the last ``m`` keys, ``(B or 1, M)``."""
+        """Position ids of the last ``m`` keys, ``(A, B or 1, M)`` on A axes."""
         passing = self.passing
         assert passing is not None
         known = passing.record.positions if passing.record is not None else _positions(passing)
-        if known is None or known.shape[1] < m:
-            have = 0 if known is None else known.shape[1]
+        if known is None or known.shape[-1] < m:
+            have = 0 if known is None else known.shape[-1]
             raise ValueError(
                 f"call.rotary: the positions of {have} of {m} keys are known; enter the patch "
                 "before the KV cache is filled"
             )
-        return known[:, known.shape[1] - m :]
+        return known[..., known.shape[-1] - m :]
 
     def fork(self, cache: Cache) -> Cache:
         """A copy of a cache, together with what methods have kept with it."""
@@ -122,11 +122,13 @@ class Tracker:
 
 
 def _positions(passing: Pass) -> Tensor | None:
-    """Position ids of a pass's tokens, ``(B or 1, N)``; several axes (images) are not kept."""
+    """Position ids of a pass's tokens on all axes that the model was given, ``(A, B or 1, N)``."""
     given = passing.position_ids
     if given is None:
-        return passing.rows[None]
-    return given if given.dim() == 2 else None
+        return passing.rows[None, None]
+    if given.dim() == 2:
+        return given[None]
+    return given if given.dim() == 3 else None
 
 
 def _extend(record: CacheRecord, passing: Pass) -> None:
@@ -134,14 +136,17 @@ def _extend(record: CacheRecord, passing: Pass) -> None:
     now, before = _positions(passing), record.positions
     if passing.past == 0 or now is None:
         record.positions = now
-    elif before is None or before.shape[1] < passing.past:
+    elif before is None or before.shape[-1] < passing.past:
         record.positions = None
     else:
-        batch = max(now.shape[0], before.shape[0])
-        parts = [before[:, : passing.past].to(now.device), now]
+        parts = [before[..., : passing.past].to(now.device), now]
+        # one axis stands for all; one more than in the other pass is in front, and counts the tokens
+        axes = min((p.shape[0] for p in parts if p.shape[0] > 1), default=1)
+        parts = [p[-axes:].expand(axes, -1, -1) for p in parts]
+        batch = max(p.shape[1] for p in parts)
         # sequences that were repeated (beams) stand together
-        fits = [p.repeat_interleave(batch // p.shape[0], 0) for p in parts]
-        record.positions = torch.cat(fits, 1)
+        fits = [p.repeat_interleave(batch // p.shape[1], 1) for p in parts]
+        record.positions = torch.cat(fits, -1)
 
 
 def _cache(given: dict[str, Any]) -> Cache | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core import data_masks, masks
+from ..core import data_masks, masks, rectangle_mask
 from ..core.masks import Mask
 from ..patterns import clear_mask, halonet_mask, neighborhood_mask, power, radial, s2_pattern
 
@@ -33,7 +33,7 @@ def _makers() -> dict[str, Callable[..., Mask]]:
     inner = {"Mask", "GridMask", "MaskAround", "And", "Or", "Not", "Predicate"}
     return {
         name: kind
-        for module in (masks, data_masks, *_PATTERNS)
+        for module in (masks, data_masks, rectangle_mask, *_PATTERNS)
         for name, kind in vars(module).items()
         if inspect.isclass(kind) and issubclass(kind, Mask) and not name.startswith("_")
         if name not in inner

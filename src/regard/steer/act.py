@@ -12,7 +12,6 @@ is wrong (one query over all keys); here column sums go on from the prompt's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from regard.card import Card
 
+from ..models import saved
 from ..models.calls import AttentionCall
 from ..models.compute import compute
 from ..models.edit import Edit, Site
@@ -181,13 +181,11 @@ class ACT(Method):
         Raises:
             ValueError: ``heads`` is ``None``: nothing was calibrated.
         """
-        from safetensors.torch import save_file
-
         if self.heads is None:
             raise ValueError("ACT.save: heads is None; calibrate them first")
         knobs = {name: getattr(self, name) for name in _KNOBS}
         heads = torch.tensor(self.heads, dtype=torch.int64).reshape(-1, 2)
-        save_file({"heads": heads}, str(path), metadata={"act": json.dumps(knobs)})
+        saved.write(path, "act", {"heads": heads}, knobs)
 
     @classmethod
     def load(cls, path: str | Path) -> ACT:
@@ -196,14 +194,8 @@ class ACT(Method):
         Raises:
             ValueError: another file.
         """
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("act")
-            if header is None:
-                raise ValueError(f"ACT.load: {path} was not written by ACT.save")
-            heads = file.get_tensor("heads").tolist()
-        return cls(heads=[(a, b) for a, b in heads], **json.loads(header))
+        tensors, knobs = saved.read(path, "act", "ACT")
+        return cls(heads=[(a, b) for a, b in tensors["heads"].tolist()], **knobs)
 
     def _calibrate(self, weights: Tensor, site: Site) -> Tensor:
         call = site.call

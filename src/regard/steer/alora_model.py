@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import DynamicLayer
 
+from ..models import saved
 from ..models.method import Inside, Method
 from ..models.sites import find_layers
 from ..models.tracking import bound
@@ -120,15 +120,13 @@ class ALoRAAdapters(nn.Module, Method):
 
     def save(self, path: str | Path) -> None:
         """Write the weights (safetensors) and each adapter's options (JSON in its header)."""
-        from safetensors.torch import save_file
-
         tensors: dict[str, Tensor] = {}
         options: dict[str, dict[str, Any]] = {}
         for name, adapter in zip(self.names, self.adapters, strict=True):
             options[name] = {key: getattr(adapter, key) for key in _OPTIONS}
             for part, weight in adapter.named_parameters():
-                tensors[f"{name}/{part}"] = weight.detach().contiguous()
-        save_file(tensors, str(path), metadata={"alora": json.dumps(options)})
+                tensors[f"{name}/{part}"] = weight
+        saved.write(path, "alora", tensors, options)
 
     @classmethod
     def load(cls, path: str | Path) -> ALoRAAdapters:
@@ -137,20 +135,13 @@ class ALoRAAdapters(nn.Module, Method):
         Raises:
             ValueError: another file.
         """
-        from safetensors import safe_open
-
+        tensors, every = saved.read(path, "alora", "ALoRAAdapters")
         found: dict[str, ALoRA] = {}
-        with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("alora")
-            if header is None:
-                raise ValueError(
-                    f"ALoRAAdapters.load: {path} was not written by ALoRAAdapters.save"
-                )
-            for name, options in json.loads(header).items():
-                weights = {f"{x}.weight": file.get_tensor(f"{name}/{x}.weight") for x in "AqkvoB"}
-                sizes = weights["A.weight"].shape[1], weights["B.weight"].shape[0]
-                found[name] = ALoRA(*sizes, **options, dtype=weights["A.weight"].dtype)
-                found[name].load_state_dict(weights)
+        for name, options in every.items():
+            weights = {f"{x}.weight": tensors[f"{name}/{x}.weight"] for x in "AqkvoB"}
+            sizes = weights["A.weight"].shape[1], weights["B.weight"].shape[0]
+            found[name] = ALoRA(*sizes, **options, dtype=weights["A.weight"].dtype)
+            found[name].load_state_dict(weights)
         return cls(found)
 
 

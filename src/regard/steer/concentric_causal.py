@@ -8,6 +8,11 @@ takes P / 2 positions, and a token of the image sees its own ring and those outs
 Followed: xing0047/cca-llava, ``llava/cca_utils/cca.py``. The paper trains a model with this layout; on
 a model that was not, it is an approximation. The code handles one image; here every image of the span
 is laid out so, each range of the span being one image.
+
+The rings are an order on one axis of positions. Where positions have several (Qwen2-VL: time, height,
+width) an image's tokens stand at their row and column, so that P x P of them already take P positions;
+neither paper nor code says which axis a ring would replace, and such positions are refused. Text that
+stands in for an image has the same position on all axes, and is laid out on all of them alike.
 """
 
 from __future__ import annotations
@@ -37,8 +42,8 @@ CARD = Card(
     oracle="python -m tests.golden tests/golden/data/concentric-causal.npz",
     claim="python -m benchmarks.concentric_causal --only invariance",
     cost="python -m benchmarks.concentric_causal --only growth",
-    note="The paper trains with this layout; its accuracy figures need that training. Models whose "
-    "positions have several axes (Qwen2-VL) are refused.",
+    note="The paper trains with this layout; its accuracy figures need that training. Images whose "
+    "positions have several axes (Qwen2-VL) are refused: the paper defines rings on one axis only.",
 )
 
 
@@ -170,7 +175,7 @@ class ConcentricCausal(Method):
 
     Raises:
         ValueError: while running: no such span, a range that is no such square, a layer whose own
-            mask is not causal (sliding windows), or position ids with several axes.
+            mask is not causal (sliding windows), or position ids that differ between axes.
     """
 
     image: str = "image"
@@ -200,10 +205,11 @@ class ConcentricCausal(Method):
         images = self._images(site.spans)
         if not images:
             return positions
-        if positions.dim() != 2:
+        if positions.dim() > 2 and bool((positions != positions[:1]).any()):
             raise ValueError(
-                f"ConcentricCausal: position ids are {tuple(positions.shape)}, expected (B, N): a "
-                "model whose positions have several axes lays images out in its own way"
+                f"ConcentricCausal: position ids {tuple(positions.shape)} differ between axes: rings "
+                "are defined for one axis (LLaVA), and the several axes of this model give an image's "
+                "tokens their row and column already; use a model whose positions have one axis"
             )
         return positions + concentric_shift(site.rows.to(positions.device), images)
 

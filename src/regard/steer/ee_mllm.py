@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from regard.card import Card
 
 from ..core.attend import attend
-from ..core.masks import Causal, Index, Mask, Shifted
+from ..core.masks import Causal, Mask, Shifted, SlidingWindow
+from ..core.rectangle_mask import Rectangles
 from ..models.calls import AttentionCall
 from ..models.edit import Edit, In, Site
 from ..models.method import Method, both
@@ -50,52 +51,16 @@ def _one_of(name: str, value: str, options: object) -> None:
         raise ValueError(f"ee_mllm: {name} must be one of {get_args(options)}, got {value!r}")
 
 
-@dataclass(frozen=True)
-class ImageAlone(Mask):
+def image_alone(image: Sequence[Range], sees: Sees = "self") -> Mask:
     """Rows of the image see themselves alone, or nothing; all other rows see everything.
 
-    Attributes:
-        image: ranges of positions, not overlapping.
+    Args:
+        image: ranges of positions.
         sees: what a row of the image sees.
     """
-
-    image: tuple[Range, ...]
-    sees: Sees = "self"
-
-    def __post_init__(self) -> None:
-        _one_of("sees", self.sees, Sees)
-        if any(not 0 <= a <= z for a, z in self.image):
-            raise ValueError(f"ImageAlone: ranges {self.image}, expected 0 <= start <= stop")
-
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
-
-    def _outside(self, first: Tensor, last: Tensor) -> Tensor:
-        """How many positions of ``first`` to ``last`` (inclusive) lie outside of the image."""
-        count = last - first + 1
-        for a, z in self.image:
-            count = count - (last.clamp(max=z - 1) - first.clamp(min=a) + 1).clamp(min=0)
-        return count
-
-    def allows(self, i: Tensor, j: Tensor, h: Index = 0, b: Index = 0) -> Tensor:
-        outside = self._outside(i, i) > 0
-        return outside | (i == j) if self.sees == "self" else outside.expand((i - j).shape)
-
-    def tile(
-        self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor, h: Index = 0, b: Index = 0
-    ) -> tuple[Tensor, Tensor]:
-        outside, shape = self._outside(i0, i1), i0 + j0
-        some, every = (outside > 0).expand_as(shape), (outside == i1 - i0 + 1).expand_as(shape)
-        if self.sees == "nothing":
-            return some, every
-        # Past some row of the image alone, the rectangle holds pairs only on its diagonal.
-        met = (i0 <= j1) & (j0 <= i1)
-        return some | met, every | ((i0 == i1) & (j0 == j1) & (i0 == j0))
+    _one_of("sees", sees, Sees)
+    others = ~Rectangles(queries=image)
+    return others | SlidingWindow(0) if sees == "self" else others
 
 
 def composite_mask(n: int, image: Range, image_sees: Sees = "self") -> Tensor:
@@ -106,7 +71,7 @@ def composite_mask(n: int, image: Range, image_sees: Sees = "self") -> Tensor:
     """
     if not 0 <= image[0] <= image[1] <= n:
         raise ValueError(f"composite_mask: image {image} does not lie inside {n} tokens")
-    return (Causal() & ImageAlone((image,), image_sees)).dense(n)
+    return (Causal() & image_alone((image,), image_sees)).dense(n)
 
 
 def composite_attention(
@@ -241,7 +206,7 @@ class EEMLLM(Method):
         image = tuple(r for r in call.spans.ranges[self.image] if r[1] > r[0])
         if not image:
             return pattern
-        alone: Mask = ImageAlone(image)
+        alone = image_alone(image)
         return both(pattern, Shifted(alone, call.own.offset) if call.own.offset else alone)
 
 

@@ -13,7 +13,6 @@ falls linearly to 0, L1 on what is trained. Training: :mod:`regard.steer.lofit_t
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from regard.card import Card
 
+from ..models import saved
 from ..models.edit import Edit, Site
 from ..models.heads import Head, rank
 from ..models.interface import ENGINES
@@ -171,11 +171,8 @@ class LoFiT(nn.Module, Method):
 
     def save(self, path: str | Path) -> None:
         """Write ``A`` and ``v`` (safetensors) and the heads (JSON in its header)."""
-        from safetensors.torch import save_file
-
-        tensors = {"A": self.A.detach().contiguous(), "v": self.v.detach().contiguous()}
-        header = json.dumps({"heads": self.heads, "parts": self.parts})
-        save_file(tensors, str(path), metadata={"lofit": header})
+        knobs = {"heads": self.heads, "parts": self.parts}
+        saved.write(path, "lofit", {"A": self.A, "v": self.v}, knobs)
 
     @classmethod
     def load(cls, path: str | Path, model: Any) -> LoFiT:
@@ -184,15 +181,9 @@ class LoFiT(nn.Module, Method):
         Raises:
             ValueError: another file, or a model of other sizes.
         """
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("lofit")
-            if header is None:
-                raise ValueError(f"LoFiT.load: {path} was not written by LoFiT.save")
-            read = json.loads(header)
-            method = cls(model, [(a, b) for a, b in read["heads"]], read["parts"])
-            scale, shift = file.get_tensor("A"), file.get_tensor("v")
+        tensors, knobs = saved.read(path, "lofit", "LoFiT")
+        method = cls(model, [(a, b) for a, b in knobs["heads"]], knobs["parts"])
+        scale, shift = tensors["A"], tensors["v"]
         if scale.shape != method.A.shape:
             raise ValueError(
                 f"LoFiT.load: {path} has heads of width {scale.shape[1]}, the model of "

@@ -12,11 +12,12 @@ keys; here the dense part is merged by log-sum-exp. A row with constant weights 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from regard.card import Card
 
@@ -38,8 +39,8 @@ CARD = Card(
     oracle="python -m tests.golden tests/golden/data/lscenellm.npz",
     claim="python -m benchmarks.lscenellm --only selection",
     cost="python -m benchmarks.lscenellm --only growth",
-    note="The claim is synthetic; dense projections start as copies of the layer's (UNVERIFIED). "
-    "Models whose positions have several axes (Qwen2-VL) are refused.",
+    note="The claim is synthetic; dense projections start as copies of the layer's (UNVERIFIED). On "
+    "Qwen2-VL dense keys take their scene token's position on each axis, which the paper leaves open.",
 )
 
 
@@ -64,7 +65,7 @@ class LSceneLLM(Method):
         first: layer of the first selection (the paper's 8).
         alpha: 0 (nothing) to 1: how much of the magnified output is mixed in.
         projections: layer -> ``(W_k, W_v)``, each ``(Hkv D, C)``; default the layer's own ``k_proj``
-            and ``v_proj``.
+            and ``v_proj``, with their biases where they have some (Qwen2).
         scene, text: names of the spans.
 
     Raises:
@@ -144,28 +145,29 @@ class LSceneLLM(Method):
                 f"LSceneLLM: dense is {tuple(self.dense.shape)}, expected features of "
                 f"{columns.numel()} scene tokens for {batch} sequences"
             )
-        key_weight, value_weight = self._projections(call)
         flat = dense.flatten(1, 2).to(call.k)
         k, v = (
-            (flat @ weight.to(flat).T).unflatten(-1, (call.k.shape[1], -1)).transpose(1, 2)
-            for weight in (key_weight, value_weight)
+            linear(flat, weight.to(flat), None if bias is None else bias.to(flat))
+            .unflatten(-1, (call.k.shape[1], -1))
+            .transpose(1, 2)
+            for weight, bias in self._projections(call)
         )
         rotary = call.rotary
-        places = rotary.key_positions[:, columns].repeat_interleave(n, 1)
+        places = rotary.key_axes[..., columns].repeat_interleave(n, -1)
         k = rotary.rotate(k.expand(batch, -1, -1, -1), places)
         return k, v.expand(batch, -1, -1, -1)
 
-    def _projections(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """``W_k`` and ``W_v`` of the dense features in this layer."""
+    def _projections(self, call: AttentionCall) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """Weight and bias that make keys, then values, of the dense features in this layer."""
         if self.projections is not None:
             given = self.projections.get(call.layer)
             if given is not None:
-                return given
+                return [(weight, None) for weight in given]
         else:
             layers = [getattr(call.module, name, None) for name in ("k_proj", "v_proj")]
-            weights = [layer.weight for layer in layers if isinstance(layer, nn.Linear)]
-            if len(weights) == 2:
-                return weights[0], weights[1]
+            found = [(layer.weight, layer.bias) for layer in layers if isinstance(layer, nn.Linear)]
+            if len(found) == 2:
+                return found
         raise ValueError(
             f"LSceneLLM: layer {call.layer} ({type(call.module).__name__}) has no k_proj and v_proj; "
             "give projections={layer: (W_k, W_v)}"

@@ -14,15 +14,14 @@ only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from regard.card import Card
 
-from ..core.masks import Causal, Index, Mask, Shifted
+from ..core.masks import Causal, Mask, Shifted
+from ..core.rectangle_mask import Rectangles
 from ..models.calls import AttentionCall
 from ..models.method import Method
 from ..models.spans import Range
@@ -43,55 +42,6 @@ CARD = Card(
 )
 
 
-def _ranges(name: str, given: Sequence[Range]) -> tuple[Range, ...]:
-    found = tuple((int(a), int(z)) for a, z in given)
-    if any(not 0 <= a <= z for a, z in found):
-        raise ValueError(f"MutualMask: {name} has ranges {found}, expected 0 <= start <= stop")
-    return found
-
-
-def _count(ranges: Sequence[Range], first: Tensor, last: Tensor) -> Tensor:
-    """How many positions of ``first`` to ``last`` (inclusive) lie in disjoint ranges."""
-    held = torch.zeros_like(first)
-    for a, z in ranges:
-        held = held + (last.clamp(max=z - 1) - first.clamp(min=a) + 1).clamp(min=0)
-    return held
-
-
-@dataclass(frozen=True)
-class MutualMask(Mask):
-    """Rows of the image see the text. ``Causal() | MutualMask(image, text)`` is the paper's mask.
-
-    Attributes:
-        image: ranges of query positions, not overlapping.
-        text: ranges of key positions, from the question's start to the answer's.
-    """
-
-    image: tuple[Range, ...]
-    text: tuple[Range, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "image", _ranges("image", self.image))
-        object.__setattr__(self, "text", _ranges("text", self.text))
-
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
-
-    def allows(self, i: Tensor, j: Tensor, h: Index = 0, b: Index = 0) -> Tensor:
-        return (_count(self.image, i, i) > 0) & (_count(self.text, j, j) > 0)
-
-    def tile(
-        self, i0: Tensor, i1: Tensor, j0: Tensor, j1: Tensor, h: Index = 0, b: Index = 0
-    ) -> tuple[Tensor, Tensor]:
-        rows, keys = _count(self.image, i0, i1), _count(self.text, j0, j1)
-        return (rows > 0) & (keys > 0), (rows == i1 - i0 + 1) & (keys == j1 - j0 + 1)
-
-
 def mutual_mask(n: int, image: Range, text: Range, padding: Tensor | None = None) -> Tensor:
     """Which pairs may attend: causal, or a row of the image and a key of the text.
 
@@ -109,7 +59,7 @@ def mutual_mask(n: int, image: Range, text: Range, padding: Tensor | None = None
     for name, (a, z) in (("image", image), ("text", text)):
         if not 0 <= a <= z <= n:
             raise ValueError(f"mutual_mask: {name} ({a}, {z}) does not lie inside {n} tokens")
-    allow = (Causal() | MutualMask((image,), (text,))).dense(n)
+    allow = (Causal() | Rectangles((image,), (text,))).dense(n)
     if padding is None:
         return allow
     if padding.shape[-1] != n:
@@ -158,5 +108,5 @@ class ModalityMutual(Method):
                 f"ModalityMutual: this pass ends at column {stop}, the question at {text_end}; the "
                 "image reads the question, so read both in one pass"
             )
-        mutual: Mask = MutualMask(image, text)
+        mutual: Mask = Rectangles(image, text)
         return pattern | (Shifted(mutual, call.own.offset) if call.own.offset else mutual)

@@ -13,7 +13,6 @@ this.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from regard.card import Card
 
+from ..models import saved
 from ..models.method import Inside, Method
 from ..models.sites import find_layers
 from .mote_resonance import router_in
@@ -39,7 +39,7 @@ CARD = Card(
     family="steer",
     entry="regard.steer.mote:TunedExperts",
     definition="tests/steer/test_mote.py::test_is_the_routing_written_out",
-    oracle="tests/steer/test_mote.py::test_planted_expert_ranks_first_and_can_be_switched_off",
+    oracle="tests/steer/test_mote_resonance.py::test_planted_expert_ranks_first_and_can_be_switched_off",
     claim="python -m benchmarks.mote --train",
     cost="python -m benchmarks.mote --only growth",
     note="UNVERIFIED: from two summaries that disagree; `mode` and `kind` hold both readings. The claim "
@@ -114,13 +114,11 @@ class TunedExperts(Method):
 
     def save(self, path: str | Path) -> None:
         """Write the pairs (safetensors) and the mode (JSON in its header)."""
-        from safetensors.torch import save_file
-
         pairs = {
             name: torch.tensor(getattr(self, name), dtype=torch.int64).reshape(-1, 2)
             for name in ("off", "on")
         }
-        save_file(pairs, str(path), metadata={"mote": json.dumps({"mode": self.mode})})
+        saved.write(path, "mote", pairs, {"mode": self.mode})
 
     @classmethod
     def load(cls, path: str | Path) -> TunedExperts:
@@ -129,14 +127,8 @@ class TunedExperts(Method):
         Raises:
             ValueError: another file.
         """
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("mote")
-            if header is None:
-                raise ValueError(f"TunedExperts.load: {path} was not written by TunedExperts.save")
-            off, on = (file.get_tensor(name).tolist() for name in ("off", "on"))
-        return cls(off, on, **json.loads(header))
+        tensors, knobs = saved.read(path, "mote", "TunedExperts")
+        return cls(tensors["off"].tolist(), tensors["on"].tolist(), **knobs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,9 @@ were given has no effect left. Importance is attention without positions.
 Followed: wzq016/PINE, ``pine/models/llama/``. There keys are rotated anew for every query; here the
 query is, by the same angle the other way round (only the difference counts), so that the attention is
 one ordinary call a document, merged by log-sum-exp, in O(N + M) memory.
+
+On models with several axes of positions (Qwen2-VL) documents are text, which stands at one position on
+all axes and is moved on all of them alike. Images may stand before and behind the documents.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ CARD = Card(
     claim="python -m benchmarks.pine --smollm2",
     cost="python -m benchmarks.pine --only growth",
     note="Documents of equal score are ordered as given, so that ties keep a trace of the order; "
-    "every layer must be patched.",
+    "every layer must be patched. On models with several axes of positions (Qwen2-VL) documents are "
+    "text; images stand before or behind them.",
 )
 
 
@@ -63,8 +67,9 @@ class PINE(Method):
 
     Raises:
         ValueError: while running: no such span, ranges with gaps, a pass that cuts the documents, a
-            model without rotary embedding, a layer that is not causal or whose weights are no plain
-            softmax, or another method that changes the same attention.
+            model without rotary embedding, a document that holds an image on a model with several
+            axes of positions, a layer that is not causal or whose weights are no plain softmax, or
+            another method that changes the same attention.
     """
 
     documents: str = "documents"
@@ -84,13 +89,16 @@ class PINE(Method):
             )
         _check(call)
         rotary = call.rotary
-        positions, mine = rotary.key_positions, rotary.query_positions
+        positions = rotary.key_axes
+        if rotary.axes > 1 and past <= layout.prefix:  # what is decoded reads what was checked here
+            _check_text(positions, layout, call.own.valid)
         return pine_attention(
-            rotary.unrotate(call.q, mine),
+            rotary.unrotate(call.q, rotary.query_axes),
             rotary.unrotate(call.k, positions),
             call.v,
             layout,
             _rope(rotary),
+            places=positions if rotary.axes > 1 else None,
             scale=call.scale,
             valid=call.own.valid,
         )
@@ -118,15 +126,37 @@ class PINE(Method):
 
 
 def _rope(rotary: Rotary) -> Rope:
-    """The model's rotation with positions of every head's own, ``(B, H, L)``."""
+    """The model's rotation with positions of every head's own, ``(B, H, L)`` or ``(A, B, H, L)``."""
 
     def rope(x: Tensor, positions: Tensor) -> Tensor:
         if positions.dim() == 1:
             return rotary.rotate(x, positions[None])
-        flat = x.flatten(0, 1)[:, None]
-        return rotary.rotate(flat, positions.expand(x.shape[:3]).flatten(0, 1)).view_as(x)
+        if positions.dim() == 4 and positions.shape[2] == 1:
+            return rotary.rotate(x, positions[:, :, 0])
+        own = positions.expand(*positions.shape[:-3], *x.shape[:3]).flatten(-3, -2)
+        return rotary.rotate(x.flatten(0, 1)[:, None], own).view_as(x)
 
     return rope
+
+
+def _check_text(positions: Tensor, layout: PineLayout, valid: Tensor | None) -> None:
+    """Refuse documents whose tokens do not stand one position apart on all axes ``(A, B, M)``."""
+    columns = slice(layout.prefix, layout.end)
+    inside = positions[..., columns]
+    wrong = (inside != inside[:1]).any(0)
+    wrong[:, 1:] |= inside[0].diff(dim=-1) != 1
+    if valid is not None:
+        real = valid[:, columns].clone()
+        real[:, 1:] &= real[:, :-1].clone()
+        wrong = wrong & real
+    found = wrong.any(0).nonzero()
+    if found.numel():
+        at = layout.prefix + int(found[0])
+        raise ValueError(
+            f"PINE: column {at} of the documents ({layout.prefix} to {layout.end}) is no text: its "
+            f"positions {positions[:, 0, at].tolist()} are not one behind the column before it on every "
+            "axis (an image?); leave images before or behind the documents"
+        )
 
 
 def _check(call: AttentionCall) -> None:

@@ -15,7 +15,7 @@ from ..core.data_masks import Keys
 from ..core.masks import Causal, Mask
 from ..core.merge import merge
 
-# (x (B, H, L, D), positions (L,) or (B, H, L)) -> x rotated
+# (x (B, H, L, D), positions (L,) or (B, H, L), or (A, B or 1, 1 or H, L) on A axes) -> x rotated
 Rope: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -53,12 +53,16 @@ class PineLayout:
         """Column at which each document starts, and the end."""
         return tuple(accumulate(self.docs, initial=self.prefix))
 
+    def lifts(self) -> Tensor:
+        """How far stacking moves each column, int64 ``(M,)``: each document's end to :attr:`end`."""
+        out = torch.zeros(self.length, dtype=torch.int64)
+        for start, size in zip(self.starts, self.docs, strict=False):
+            out[start : start + size] = self.end - start - size
+        return out
+
     def positions(self) -> Tensor:
         """Stacked positions ``(M,)``: every document ends at :attr:`end`."""
-        out = torch.arange(self.length)
-        for start, size in zip(self.starts, self.docs, strict=False):
-            out[start : start + size] += self.end - start - size
-        return out
+        return torch.arange(self.length) + self.lifts()
 
 
 def document_shifts(q: Tensor, k: Tensor, layout: PineLayout, scale: float | None = None) -> Tensor:
@@ -121,6 +125,7 @@ def pine_attention(
     layout: PineLayout,
     rope: Rope,
     *,
+    places: Tensor | None = None,
     scale: float | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
@@ -131,7 +136,10 @@ def pine_attention(
             hold all documents or none.
         k, v: ``(B, Hkv, M, D)`` before the rotary embedding, ``(B, Hkv, M, Dv)``.
         layout: the parts of the M columns.
-        rope: rotates ``x`` to positions ``(L,)``, or ``(B, H, L)`` of every head's own.
+        rope: rotates ``x`` to positions ``(L,)``, or ``(B, H, L)`` of every head's own; with
+            ``places`` to ``(A, B or 1, 1 or H, L)``.
+        places: positions of the columns as they were read, ``(A, B or 1, M)`` on A axes; one column of
+            a document takes one position on all of them. Default: the columns, on one axis.
         scale: default ``D ** -0.5``.
         valid: bool ``(M,)`` or ``(B, M)``, False for padding.
 
@@ -152,8 +160,11 @@ def pine_attention(
             f"pine_attention: the rows start at column {first}, inside the documents "
             f"({layout.prefix} to {end})"
         )
-    positions = layout.positions().to(q.device)
-    keys, plain = rope(k, positions), rope(q, positions[first:])
+    if places is None:
+        positions = layout.positions().to(q.device)
+    else:
+        positions = (places + layout.lifts().to(places.device))[:, :, None]
+    keys, plain = rope(k, positions), rope(q, positions[..., first:])
 
     def part(rows: slice, a: int, z: int, x: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Attention of some rows over one part of the keys, spread over all rows."""
@@ -179,7 +190,7 @@ def pine_attention(
         parts.append(part(slice(max(end - first, 0), n), end, m, plain, True))
     shifts = _shifts(q, k, layout, scale, valid)
     for at, (a, z) in enumerate(pairwise(layout.starts)):
-        x = rope(q, positions[first:] + shifts[..., at])
+        x = rope(q, positions[..., first:] + shifts[..., at])
         own = slice(a - first, z - first)
         if first <= layout.prefix:
             parts.append(part(own, a, z, x, True))

@@ -12,7 +12,6 @@ without a sink inside the image is left alone, even if it has sinks in the text
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from regard.card import Card
 
+from ..models import saved
 from ..models.calls import Pass
 from ..models.edit import After, Edit, Layers, Site
 from ..models.method import Method
@@ -186,11 +186,9 @@ class VAR(Method):
 
     def save(self, path: str | Path) -> None:
         """Write the dimensions (safetensors) and the knobs (JSON in its header)."""
-        from safetensors.torch import save_file
-
         knobs = {name: getattr(self, name) for name in _KNOBS}
         dims = torch.tensor(self.dims, dtype=torch.int64)
-        save_file({"dims": dims}, str(path), metadata={"var": json.dumps(knobs)})
+        saved.write(path, "var", {"dims": dims}, knobs)
 
     @classmethod
     def load(cls, path: str | Path) -> VAR:
@@ -199,13 +197,8 @@ class VAR(Method):
         Raises:
             ValueError: another file.
         """
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("var")
-            if header is None:
-                raise ValueError(f"VAR.load: {path} was not written by VAR.save")
-            return cls(tuple(file.get_tensor("dims").tolist()), **json.loads(header))
+        tensors, knobs = saved.read(path, "var", "VAR")
+        return cls(tuple(tensors["dims"].tolist()), **knobs)
 
     def _find(self, hidden: Tensor, site: Site) -> Tensor:
         """Sinks among the prompt's tokens, bool ``(B, columns so far)``, for the next layer."""

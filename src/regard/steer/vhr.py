@@ -9,7 +9,6 @@ runs both at once. Followed: the paper; its repository could not be reached.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from regard.card import Card
 
+from ..models import saved
 from ..models.calls import Pass
 from ..models.edit import Edit, Layers, Rows, Site
 from ..models.method import Method
@@ -159,13 +159,10 @@ class VHR(Method):
         Raises:
             ValueError: ``heads`` is ``None``: nothing was calibrated.
         """
-        from safetensors.torch import save_file
-
         if self.heads is None:
             raise ValueError("VHR.save: heads is None; calibrate_vhr finds them")
         knobs = {"alpha": self.alpha, "rows": self.rows, "image": self.image}
-        heads = self.heads.contiguous()
-        save_file({"heads": heads}, str(path), metadata={"vhr": json.dumps(knobs)})
+        saved.write(path, "vhr", {"heads": self.heads}, knobs)
 
     @classmethod
     def load(cls, path: str | Path) -> VHR:
@@ -174,13 +171,8 @@ class VHR(Method):
         Raises:
             ValueError: another file.
         """
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("vhr")
-            if header is None:
-                raise ValueError(f"VHR.load: {path} was not written by VHR.save")
-            return cls(heads=file.get_tensor("heads"), **json.loads(header))
+        tensors, knobs = saved.read(path, "vhr", "VHR")
+        return cls(heads=tensors["heads"], **knobs)
 
     def _choose(self, weights: Tensor, site: Site) -> Tensor:
         """Heads of one layer, from the prompt's last row ``(B, H, 1, M)`` and its values."""

@@ -12,7 +12,6 @@ reproduces that, the default does not.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from regard.card import Card
 
+from ..models import saved
 from ..models.activations import Inputs, capture
 from ..models.edit import Edit, Rows, Site
 from ..models.method import Method
@@ -154,14 +154,11 @@ class NormPreservingSteer(Method):
         Raises:
             ValueError: ``rows`` is a rule of your own, which no file can hold.
         """
-        from safetensors.torch import save_file
-
         if not isinstance(self.rows, str):
             raise ValueError("NormPreservingSteer.save: rows must be a name, got a function")
         layers = None if self.layers is None else list(self.layers)
         knobs = {"lam": self.lam, "layers": layers, "rows": self.rows}
-        tensors = {"v": self.v.detach().contiguous()}
-        save_file(tensors, str(path), metadata={"vista": json.dumps(knobs)})
+        saved.write(path, "vista", {"v": self.v}, knobs)
 
     @classmethod
     def load(cls, path: str | Path) -> NormPreservingSteer:
@@ -170,15 +167,8 @@ class NormPreservingSteer(Method):
         Raises:
             ValueError: another file.
         """
-        from safetensors import safe_open
-
-        with safe_open(str(path), framework="pt") as file:
-            header = (file.metadata() or {}).get("vista")
-            if header is None:
-                raise ValueError(
-                    f"NormPreservingSteer.load: {path} was not written by NormPreservingSteer.save"
-                )
-            return cls(file.get_tensor("v"), **json.loads(header))
+        tensors, knobs = saved.read(path, "vista", "NormPreservingSteer")
+        return cls(tensors["v"], **knobs)
 
 
 def calibrate_vista(

@@ -10,9 +10,9 @@ from regard.models import Spans
 from regard.steer.ee_mllm import (
     EEMLLM,
     CompositeAttention,
-    ImageAlone,
     composite_attention,
     composite_mask,
+    image_alone,
 )
 from tests.conformance import FunctionExample, MaskExample, ModelExample, ModuleExample
 
@@ -53,7 +53,7 @@ class _Layer(torch.nn.Module):
 
 
 EXAMPLES = [
-    MaskExample(Causal() & ImageAlone(((3, 17),)), 21, 24, _mask, causal=True),
+    MaskExample(Causal() & image_alone(((3, 17),)), 21, 24, _mask, causal=True),
     FunctionExample(
         lambda q, k, v: composite_attention(q, k, v, [(3, 8)]),
         _definition,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 import regard
-from regard import Causal
+from regard import Causal, Rectangles
 from regard.models import Spans
-from regard.steer.mma import ModalityMutual, MutualMask, mutual_mask
+from regard.steer.mma import ModalityMutual, mutual_mask
 from tests.conformance import MaskExample, ModelExample
 
 
@@ -25,7 +25,7 @@ def _on_model(model, ids):
 
 
 EXAMPLES = [
-    MaskExample(Causal() | MutualMask(((2, 9), (12, 17)), ((20, 31),)), 33, 35, _mask),
+    MaskExample(Causal() | Rectangles(((2, 9), (12, 17)), ((20, 31),)), 33, 35, _mask),
     ModelExample(
         _on_model,
         bad=((lambda: mutual_mask(4, (0, 5), (1, 2)), "does not lie inside 4 tokens"),),

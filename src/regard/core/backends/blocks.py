@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..bias import Bias
 from ..call import Call, compute_dtype
+from . import one_row
 from .gathered import GatheredTiles
 from .slices import SliceTiles
 from .tiles import Tile, Tiles, backward_tile, forward_tile
@@ -36,6 +37,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | N
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
+    if one_row.serves(q, call):
+        return one_row.run(q, k, v, call)
     seed = 0
     if call.dropout > 0.0:
         device = "cpu" if call.generator is None else call.generator.device
