@@ -15,7 +15,7 @@ ACCENT = "#2563a8"
 PAPER = "#eef2f7"
 MAX_HEADS = 16
 # Without the version of matplotlib, so that the same mask gives the same bytes.
-_METADATA: Any = {"Software": None}
+METADATA: Any = {"Software": None}
 
 
 def mask_png(
@@ -64,7 +64,7 @@ def mask_png(
     )
     figure.tight_layout()
     out = BytesIO()
-    figure.savefig(out, format="png", metadata=_METADATA)
+    figure.savefig(out, format="png", metadata=METADATA)
     if path is not None:
         Path(path).write_bytes(out.getvalue())
     return out.getvalue()
@@ -108,7 +108,7 @@ def mask_tile(mask: Mask, n: int, m: int | None = None, cells: int = 160) -> byt
     pixels = grid.new_zeros((*grid.shape, 4))
     pixels[..., 3] = grid.sqrt()
     out = BytesIO()
-    imsave(out, (pixels * 255).round().byte().numpy(), format="png", metadata=_METADATA)
+    imsave(out, (pixels * 255).round().byte().numpy(), format="png", metadata=METADATA)
     return out.getvalue()
 
 
