@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from regard import keep_memory
+
 Benchmark = Callable[[], list[dict[str, Any]]]
 
 
@@ -44,6 +46,7 @@ def main(
         chosen = [fn for fn in chosen if options.only in fn.__name__]
         if not chosen:
             parser.error(f"--only {options.only}: no benchmark has that in its name")
+    keep_memory()  # for ours and theirs alike
     rows: list[dict[str, Any]] = []
     for at, benchmark in enumerate(chosen, 1):
         print(f"[{at}/{len(chosen)}] {benchmark.__name__}", file=sys.stderr)

@@ -147,6 +147,7 @@ def test_doctor(capsys: Captured) -> None:
     assert status == 0
     found = json.loads(out)
     assert found["versions"]["torch"] == torch.__version__
+    assert found["memory"]["new_ms"] > 0 and found["memory"]["kept_ms"] > 0
     states = {row["name"]: row["state"] for row in found["backends"]}
     assert list(states) == ["reference", "sdpa", "blocks", "flex", "triton"]
     assert {states[name] for name in ("reference", "sdpa", "blocks")} == {"works"}

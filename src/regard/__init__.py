@@ -14,6 +14,7 @@ _HOME = {
     "attend": "regard.core.attend",
     "attention_stats": "regard.core.stats",
     "attend_packed": "regard.core.varlen",
+    "keep_memory": "regard.core.allocator",
     "merge": "regard.core.merge",
     "recur": "regard.core.recur",
     "recur_packed": "regard.core.recur_packed",
@@ -45,6 +46,7 @@ _HOME = {
 __all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
+    from .core.allocator import keep_memory as keep_memory
     from .core.attend import attend as attend
     from .core.bias import ALiBi as ALiBi
     from .core.bias import Bias as Bias

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .bench.timing import machine
+from .bench.timing import machine, seconds
 from .core.attend import attend, execute, plan
 from .core.backends import NAMES
 from .core.masks import Causal, Mask, Sinks, SlidingWindow
@@ -41,8 +41,9 @@ def report(compiled: bool = False, progress: Callable[[str], None] | None = None
         progress: told what is being done.
 
     Returns:
-        ``{"versions", "machine", "backends": [{"name", "state", "why", "error"}], "calls":
-        [{"call", "backend", "reason", "density"}]}``. A backend's state is ``works``,
+        ``{"versions", "machine", "memory": {"new_ms", "kept_ms"}, "backends": [{"name", "state",
+        "why", "error"}], "calls": [{"call", "backend", "reason", "density"}]}``. ``memory`` is the
+        time that 64 MB take to be filled, new and used before. A backend's state is ``works``,
         ``wrong`` (its result differs from the definition by ``error``), ``fails`` (it claimed to
         work and raised), ``not run`` or ``unavailable``.
     """
@@ -57,6 +58,7 @@ def report(compiled: bool = False, progress: Callable[[str], None] | None = None
     return {
         "versions": _versions(),
         "machine": machine(),
+        "memory": _memory(),
         "backends": found,
         "calls": [_typical(words, device, **call) for words, call in _CALLS.items()],
     }
@@ -73,6 +75,19 @@ def _versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
+
+
+def _memory() -> dict[str, float]:
+    """Milliseconds to fill 64 MB of the CPU's memory that are new, and that were used before."""
+
+    def new() -> Tensor:
+        return torch.ones(1 << 24)
+
+    used = new()
+    return {
+        "new_ms": 1e3 * seconds(new, repeats=3),
+        "kept_ms": 1e3 * seconds(lambda: used.fill_(1.0), repeats=3),
+    }
 
 
 def _try_backend(name: str, device: torch.device, compiled: bool) -> dict[str, Any]:

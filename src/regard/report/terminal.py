@@ -70,7 +70,15 @@ def doctor_tables(found: dict[str, Any]) -> RenderableType:
     for row in found["calls"]:
         share = "" if row["density"] is None else f"{row['density']:.1%}"
         calls.add_row(Text(row["call"]), row["backend"], share, Text(row["reason"]))
-    return Group(Text(versions), Text(machine), Text(""), backends, Text(""), calls)
+    memory = found["memory"]
+    pages = (
+        f"64 MB of new memory take {memory['new_ms']:.0f} ms to fill, of kept memory "
+        f"{memory['kept_ms']:.0f} ms"
+    )
+    if memory["new_ms"] > 3 * memory["kept_ms"]:
+        pages += "; regard.keep_memory() keeps it"
+    lines = (Text(versions), Text(machine), Text(pages), Text(""))
+    return Group(*lines, backends, Text(""), calls)
 
 
 def _split(versions: dict[str, str | None]) -> list[tuple[str, str | None]]:

@@ -1,0 +1,41 @@
+"""Keeping memory: a second tensor of the size of one just freed costs no new pages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own: what the C library was told stays.
+_FAULTS = """
+import resource, sys, torch
+from regard import keep_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(1 << 22)  # 16 MB, 4096 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+first = faults()
+told = keep_memory()
+faults()
+print(first, faults(), told)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc is what can be told")
+def test_freed_memory_is_used_again():
+    command = [sys.executable, "-c", _FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, second, told = done.stdout.split()
+    assert told == "True"
+    assert int(first) > 8 * 512  # huge pages may make them fewer
+    assert int(second) < int(first) / 8
+
+
+def test_elsewhere_it_says_so(monkeypatch):
+    from regard import keep_memory
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_memory() is False
