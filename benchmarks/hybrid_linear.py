@@ -35,7 +35,7 @@ from . import main
 from .counted import counted, slope
 from .hybrid_linear_study import MIXERS, PATTERNS, Recall, Result, study
 
-PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "hybrid_linear.png"
+PICTURE = Path(__file__).parent.parent / "docs" / "hybrid_linear.png"
 # Told apart without colour vision as well; the first is the report's.
 COLOURS = (ACCENT, "#c2571a", "#3c8d5a", "#7a4fa3", "#b08900", "#333f4d")
 _METADATA: Any = {"Software": None}
@@ -152,7 +152,7 @@ def train() -> list[dict[str, Any]]:
 
 
 def all_mixers() -> list[dict[str, Any]]:
-    """Train all six mixers in five patterns on both tasks, and draw docs/pictures/hybrid_linear.png."""
+    """Train all six mixers in five patterns on both tasks, and draw docs/hybrid_linear.png."""
     results = study(MIXERS, PATTERNS, recall=Recall(8, 40), recall_steps=1200, text_steps=200)
     PICTURE.write_bytes(plot(results))
     return _rows(results)
