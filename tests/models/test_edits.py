@@ -309,6 +309,20 @@ def test_layers_as_a_function_of_the_depth():
 
 
 @torch.no_grad()
+def test_a_row_whose_keys_are_all_taken_away_reads_nothing():
+    model, x = make("llama"), ids(2, 9)
+
+    def nothing(scores, at):
+        return torch.full_like(scores, -torch.inf)
+
+    edit = Edit("logits", nothing, layers=[1], rows="last")
+    with regard.patch(model, Edits(edit)), regard.watch(model, SiteProbe("heads")) as seen:
+        assert not model(x).logits.isnan().any()
+    heads = seen.result()[0][1]
+    assert not heads[:, -1].any() and heads[:, :-1].any()
+
+
+@torch.no_grad()
 def test_a_function_may_change_what_it_is_given():
     """In place or not: the model sees what is returned, observers are given copies."""
     model, x = make("llama"), ids(2, 9)

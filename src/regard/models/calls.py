@@ -46,7 +46,7 @@ class Pass:
         given_spans: the ``spans=`` keyword of this very call of the model, or ``None``.
         heads: number of query heads of each layer that has run so far.
         record: what is kept with the KV cache, or ``None`` without one.
-        allowed: which keys a decoding step's row sees, by mask and number of keys.
+        allowed: which keys a decoding step's row sees, by mask, number of keys and device.
         chosen: whether an edit applies to a decoding step's row.
     """
 
@@ -59,7 +59,7 @@ class Pass:
     heads: dict[int, int] = field(default_factory=dict)
     record: CacheRecord | None = None
     stores: dict[int, Store] = field(default_factory=dict)
-    allowed: dict[tuple[Mask, int], Tensor] = field(default_factory=dict)
+    allowed: dict[tuple[Mask, int, torch.device], Tensor] = field(default_factory=dict)
     chosen: dict[Edit, Tensor] = field(default_factory=dict)
 
     def spans(self, owner: int) -> Spans | None:

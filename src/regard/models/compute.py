@@ -102,7 +102,7 @@ def _tile(call: AttentionCall, rows: Tensor) -> Tensor:
     scores = scores.masked_fill(hidden, -torch.inf)
     edited = _edit(call, "logits", scores, rows, allowed)
     scores = scores if edited is scores else edited.masked_fill(hidden, -torch.inf)
-    softmax = _softmax(scores, hidden, call.sinks)
+    softmax = _softmax(scores, call.sinks)
     weights = _edit(call, "weights", softmax, rows, allowed)
     weights = weights if weights is softmax else weights.masked_fill(hidden, 0)
     if call.dropout > 0:
@@ -111,10 +111,10 @@ def _tile(call: AttentionCall, rows: Tensor) -> Tensor:
     return out.view(q.shape[0], q.shape[1], -1, v.shape[3]).to(q.dtype)
 
 
-def _softmax(scores: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
     """Softmax over the keys; rows without keys give zeros; ``sinks`` enter the denominator."""
     if sinks is None:
-        return scores.softmax(-1).masked_fill(hidden, 0)
+        return scores.softmax(-1).masked_fill(scores == -torch.inf, 0)
     extra = sinks.to(scores.dtype)[:, None, None]
     top = torch.maximum(scores.detach().amax(-1, keepdim=True), extra.detach())
     raised = torch.exp(scores - top)
@@ -126,10 +126,10 @@ def _allowed(call: AttentionCall, rows: Tensor) -> Tensor:
     if call.n > 1 or call.layout is not None:
         return _asked(call, rows)
     # a decoding step has no time to lose: layers of one mask ask once
-    found = call.passing.allowed.get((call.mask, call.m))
-    if found is None:
-        found = call.passing.allowed[call.mask, call.m] = _asked(call, rows)
-    return found
+    key = call.mask, call.m, rows.device
+    if key not in call.passing.allowed:
+        call.passing.allowed[key] = _asked(call, rows)
+    return call.passing.allowed[key]
 
 
 def _asked(call: AttentionCall, rows: Tensor) -> Tensor:
