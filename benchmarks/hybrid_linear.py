@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from regard.linear.hybrid_linear import TokenMixer
 from regard.linear.hybrid_linear_full import FullAttention
 from regard.linear.hybrid_linear_kinds import KINDS
 from regard.linear.hybrid_linear_stack import HybridStack
-from regard.report.pictures import ACCENT, PAPER
+from regard.report.pictures import ACCENT, PAPER, png
 
 from . import main
 from .counted import counted, slope
@@ -38,7 +37,6 @@ from .hybrid_linear_study import MIXERS, PATTERNS, Recall, Result, study
 PICTURE = Path(__file__).parent.parent / "docs" / "hybrid_linear.png"
 # Told apart without colour vision as well; the first is the report's.
 COLOURS = (ACCENT, "#c2571a", "#3c8d5a", "#7a4fa3", "#b08900", "#333f4d")
-_METADATA: Any = {"Software": None}
 
 
 @torch.no_grad()
@@ -114,10 +112,7 @@ def plot(results: Sequence[Result]) -> bytes:
         for edge in panel.spines.values():
             edge.set_color("#9aa5b1")
     panels[0].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
-    out = BytesIO()
-    figure.savefig(out, format="png", metadata=_METADATA)
-    return out.getvalue()
+    return png(figure)
 
 
 def _rows(results: Sequence[Result]) -> list[dict[str, Any]]:

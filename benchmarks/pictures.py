@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,16 @@ from regard.patterns.neighborhood import Neighborhood
 from regard.patterns.power import power_mask
 from regard.patterns.radial import radial_mask
 from regard.patterns.s2 import s2_mask
-from regard.report.pictures import ACCENT, PAPER, mask_png
+from regard.report.pictures import ACCENT, PAPER, mask_png, png
 
 from .flashbias import rank_curves
 
 FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
 # A second and a third hue beside the report's, told apart without colour vision as well.
 COLOURS = (ACCENT, "#c2571a", "#3c8d5a")
-_METADATA: Any = {"Software": None}
 
 
-def grid_png(
+def gridpng(
     panels: Sequence[tuple[str, Mask]], grid: tuple[int, int], queries: Sequence[tuple[int, int]]
 ) -> bytes:
     """Keys of some queries on a grid, one panel a mask; where they share keys, the last one shows.
@@ -63,20 +61,20 @@ def grid_png(
         _quiet(panel)
         panel.set_xticks([])
         panel.set_yticks([])
-    return _png(figure)
+    return png(figure)
 
 
-def masks_png(panels: Sequence[tuple[str, Mask]], n: int) -> bytes:
+def maskspng(panels: Sequence[tuple[str, Mask]], n: int) -> bytes:
     """Several masks over `n` tokens side by side."""
     figure, axes = _figure(len(panels), 2.9)
     for (title, mask), panel in zip(panels, axes, strict=True):
         panel.imshow(mask.dense(n).numpy(), cmap=_shades(), vmin=0, vmax=1, interpolation="nearest")
         panel.set_title(f"{title}\n{mask.density(n):.1%} of the pairs", fontsize=8)
         _quiet(panel)
-    return _png(figure)
+    return png(figure)
 
 
-def curves_png(curves: dict[str, list[RankError]]) -> bytes:
+def curvespng(curves: dict[str, list[RankError]]) -> bytes:
     """Rank against error: of the scores dashed, of the output whole."""
     figure, (panel,) = _figure(1, 5.6, 0.62)
     for (name, points), colour in zip(curves.items(), COLOURS, strict=True):
@@ -93,7 +91,7 @@ def curves_png(curves: dict[str, list[RankError]]) -> bytes:
     panel.grid(color=PAPER)
     panel.legend(fontsize=7, frameon=False, handlelength=4)
     _quiet(panel)
-    return _png(figure)
+    return png(figure)
 
 
 def _figure(count: int, side: float, shape: float = 1.0) -> tuple[Any, Any]:
@@ -117,13 +115,6 @@ def _shades() -> Any:
     return LinearSegmentedColormap.from_list("regard", [PAPER, ACCENT])
 
 
-def _png(figure: Any) -> bytes:
-    figure.tight_layout()
-    out = BytesIO()
-    figure.savefig(out, format="png", metadata=_METADATA)
-    return out.getvalue()
-
-
 _POINTS = ((2, 3), (15, 16), (27, 29))
 
 
@@ -135,7 +126,7 @@ def neighborhood() -> bytes:
         ("window 8 x 8, dilation 3", Neighborhood(grid, 8, 1, 3)),
         ("window 11 x 11, rows causal", Neighborhood(grid, 11, 1, 1, (True, False))),
     ]
-    return grid_png(panels, grid, _POINTS)
+    return gridpng(panels, grid, _POINTS)
 
 
 def gna() -> bytes:
@@ -143,7 +134,7 @@ def gna() -> bytes:
     panels = [
         (f"window 16, stride {stride}", Neighborhood((64,), 16, stride)) for stride in (1, 8, 16)
     ]
-    return masks_png(panels, 64)
+    return maskspng(panels, 64)
 
 
 def fna() -> bytes:
@@ -165,7 +156,7 @@ def fna() -> bytes:
         _quiet(panel)
         panel.set_xticks([])
         panel.set_yticks([])
-    return _png(figure)
+    return png(figure)
 
 
 def dinat() -> bytes:
@@ -175,7 +166,7 @@ def dinat() -> bytes:
         (f"window 7 x 7, dilation {dilation}", Neighborhood(grid, 7, 1, dilation))
         for dilation in (1, 2, 4)
     ]
-    return grid_png(panels, grid, _POINTS)
+    return gridpng(panels, grid, _POINTS)
 
 
 def power() -> bytes:
@@ -198,14 +189,14 @@ def clear() -> bytes:
     """Circles of three radii."""
     grid = (32, 32)
     panels = [(f"radius {radius}", clear_mask(*grid, radius, 8)) for radius in (4, 8, 12)]
-    return grid_png(panels, grid, _POINTS)
+    return gridpng(panels, grid, _POINTS)
 
 
 def halonet() -> bytes:
     """Blocks and halos."""
     grid = (32, 32)
     panels = [(f"block 8, halo {halo}", Halo(grid, 8, halo)) for halo in (0, 3, 6)]
-    return grid_png(panels, grid, _POINTS)
+    return gridpng(panels, grid, _POINTS)
 
 
 def windows() -> bytes:
@@ -216,12 +207,12 @@ def windows() -> bytes:
         ("dilated", Causal() & Dilated(7, 3)),
         ("strided", Causal() & (SlidingWindow(7) | Strided(8))),
     ]
-    return masks_png(panels, 64)
+    return maskspng(panels, 64)
 
 
 def flashbias() -> bytes:
     """Rank against error of a Swin window's bias."""
-    return curves_png(rank_curves())
+    return curvespng(rank_curves())
 
 
 PICTURES: dict[str, Callable[[], bytes]] = {

@@ -117,3 +117,10 @@ def test_other_calls_are_left_to_tiles():
     assert not one_row.serves(torch.cat([q, q], 2), plain)
     assert not one_row.serves(q, Call(mask=None, layout=None, bias=None, scale=1.0))
     assert not one_row.serves(q, Call(mask=None, layout=chosen, bias=None, scale=1.0, dropout=0.1))
+
+
+def test_a_batch_of_nothing():
+    empty, chosen = [x[:0] for x in drawn()], layout(1, KV)
+    assert attend(*empty, layout=chosen).shape == (0, H, 1, 5)
+    with pytest.raises(ValueError, match="at least one sequence, query and key"):
+        attend(*empty, layout=chosen, backend="blocks")

@@ -98,9 +98,7 @@ class Keys(Mask):
     def batch(self) -> int | None:
         return None if self.valid.dim() == 1 else self.valid.shape[0]
 
-    @property
-    def closed(self) -> bool:
-        return True
+    closed = True
 
     def check(self, n: int, m: int, heads: int | None = None, batch: int | None = None) -> None:
         super().check(n, m, heads, batch)

@@ -125,13 +125,8 @@ class GridMask(Mask):
         """Length of the sequence."""
         return self.text_before + self.points + self.text_after
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    constant = True
 
     def check(self, n: int, m: int, heads: int | None = None, batch: int | None = None) -> None:
         super().check(n, m, heads, batch)

@@ -30,17 +30,9 @@ def _at_least(name: str, field: str, value: int, least: int) -> None:
 class _Band(Mask):
     """Masks that depend on the distance ``i - j`` alone."""
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def relative(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    relative = True
+    constant = True
 
 
 @dataclass(frozen=True)
@@ -162,13 +154,8 @@ class Sinks(Mask):
     def __post_init__(self) -> None:
         _at_least("Sinks", "n", self.n, 0)
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    constant = True
 
     def allows(self, i: Tensor, j: Tensor, h: Index = 0, b: Index = 0) -> Tensor:
         return j < self.n
@@ -190,13 +177,8 @@ class Prefix(Mask):
     def __post_init__(self) -> None:
         _at_least("Prefix", "n", self.n, 0)
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    constant = True
 
     def allows(self, i: Tensor, j: Tensor, h: Index = 0, b: Index = 0) -> Tensor:
         return (i < self.n) & (j < self.n)

@@ -37,13 +37,8 @@ class Rectangles(Mask):
         object.__setattr__(self, "queries", _joined("queries", self.queries))
         object.__setattr__(self, "keys", _joined("keys", self.keys))
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    constant = True
 
     def allows(self, i: Tensor, j: Tensor, h: Index = 0, b: Index = 0) -> Tensor:
         return (_held(self.queries, i, i) > 0) & (_held(self.keys, j, j) > 0)

@@ -49,9 +49,7 @@ class Halo(Mask):
             )
         object.__setattr__(self, "grid", tuple(self.grid))
 
-    @property
-    def constant(self) -> bool:
-        return True
+    constant = True
 
     @property
     def window(self) -> int:

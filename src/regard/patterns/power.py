@@ -66,13 +66,8 @@ class Power(Mask):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"Power: {name} must be an integer >= {least}, got {value!r}")
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    constant = True
 
     def check(self, n: int, m: int, heads: int | None = None, batch: int | None = None) -> None:
         super().check(n, m, heads, batch)

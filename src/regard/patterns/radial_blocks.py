@@ -166,9 +166,7 @@ class RadialBlocks(Mask):
         """Length of the sequence, text included."""
         return self.frames * self.tokens_per_frame + self.text
 
-    @property
-    def closed(self) -> bool:
-        return True
+    closed = True
 
     @property
     def constant(self) -> bool:

@@ -116,13 +116,8 @@ class S2(Mask):
         one = self.homo or (self.vert_positions == "relative" and self.dense_heads == 0)
         return None if one else self.query_heads
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    constant = True
 
     @property
     def missing(self) -> tuple[int, ...]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ..models.table import Table
-from .pictures import ACCENT, METADATA, PAPER
+from .pictures import ACCENT, PAPER, png
 
 _BELOW = "#b3422f"
 # Cells of more than so many rows or columns are not labelled one by one.
@@ -78,12 +77,7 @@ def heat_map(
     bar = figure.colorbar(shown, ax=axes)
     bar.ax.tick_params(labelsize=6)
     axes.set_title(value if title is None else title, fontsize=9, parse_math=False)
-    figure.tight_layout()
-    out = BytesIO()
-    figure.savefig(out, format="png", metadata=METADATA)
-    if path is not None:
-        Path(path).write_bytes(out.getvalue())
-    return out.getvalue()
+    return png(figure, path)
 
 
 def _grid(

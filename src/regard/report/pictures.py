@@ -15,7 +15,7 @@ ACCENT = "#2563a8"
 PAPER = "#eef2f7"
 MAX_HEADS = 16
 # Without the version of matplotlib, so that the same mask gives the same bytes.
-METADATA: Any = {"Software": None}
+_METADATA: Any = {"Software": None}
 
 
 def mask_png(
@@ -62,9 +62,14 @@ def mask_png(
         # A user's text is not mathematics.
         parse_math=False,
     )
+    return png(figure, path)
+
+
+def png(figure: Any, path: str | Path | None = None) -> bytes:
+    """A matplotlib figure, laid out, as the bytes of a PNG, also written to ``path``."""
     figure.tight_layout()
     out = BytesIO()
-    figure.savefig(out, format="png", metadata=METADATA)
+    figure.savefig(out, format="png", metadata=_METADATA)
     if path is not None:
         Path(path).write_bytes(out.getvalue())
     return out.getvalue()
@@ -108,7 +113,7 @@ def mask_tile(mask: Mask, n: int, m: int | None = None, cells: int = 160) -> byt
     pixels = grid.new_zeros((*grid.shape, 4))
     pixels[..., 3] = grid.sqrt()
     out = BytesIO()
-    imsave(out, (pixels * 255).round().byte().numpy(), format="png", metadata=METADATA)
+    imsave(out, (pixels * 255).round().byte().numpy(), format="png", metadata=_METADATA)
     return out.getvalue()
 
 

@@ -178,13 +178,8 @@ class CoresAndLocal(MaskAround):
     def batch(self) -> int | None:
         return self.start.shape[0] if self.start.shape[0] > 1 else self.local.batch
 
-    @property
-    def relative(self) -> bool:
-        return False
-
-    @property
-    def constant(self) -> bool:
-        return False
+    relative = False
+    constant = False
 
     def check(self, n: int, m: int, heads: int | None = None, batch: int | None = None) -> None:
         super().check(n, m, heads, batch)

@@ -61,13 +61,8 @@ class CoreTokens(Mask):
     def __post_init__(self) -> None:
         check_sizes("CoreTokens", self.group, self.window)
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    constant = True
 
     def allows(self, i: Tensor, j: Tensor, h: Index = 0, b: Index = 0) -> Tensor:
         return j < cores_seen(i + self.ahead, self.group, self.window)
@@ -93,13 +88,8 @@ class LocalTokens(Mask):
     def __post_init__(self) -> None:
         check_sizes("LocalTokens", self.group, self.window)
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    constant = True
 
     def _first(self, i: Tensor) -> Tensor:
         return cores_seen(i, self.group, self.window) * self.group

@@ -112,9 +112,7 @@ class KeptKeys(Mask):
     def batch(self) -> int:
         return self.until.shape[0]
 
-    @property
-    def closed(self) -> bool:
-        return True
+    closed = True
 
     def check(self, n: int, m: int, heads: int | None = None, batch: int | None = None) -> None:
         super().check(n, m, heads, batch)

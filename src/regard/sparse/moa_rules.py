@@ -169,13 +169,8 @@ class SinkBands(Mask):
     def heads(self) -> int:
         return len(self.bands)
 
-    @property
-    def closed(self) -> bool:
-        return True
-
-    @property
-    def constant(self) -> bool:
-        return True
+    closed = True
+    constant = True
 
     def check(self, n: int, m: int, heads: int | None = None, batch: int | None = None) -> None:
         super().check(n, m, heads, batch)

@@ -119,9 +119,7 @@ class ConcentricMask(Mask):
             if image[1] > image[0]:
                 side_of(image)
 
-    @property
-    def constant(self) -> bool:
-        return True
+    constant = True
 
     def allows(self, i: Tensor, j: Tensor, h: Index = 0, b: Index = 0) -> Tensor:
         out = j <= i
