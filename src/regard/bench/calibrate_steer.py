@@ -12,9 +12,9 @@ from ..models import drop_span, patch
 from ..steer.act import ACT
 from ..steer.act_heads import calibrate_heads, helpful_heads
 from ..steer.var import VAR, default_tau
-from ..steer.var_dims import find_massive_dims, massive_values
+from ..steer.var_dims import massive_dims, massive_values
 from ..steer.vhr_branches import calibrate_vhr, vhd
-from ..steer.vista import calibrate_vista, last_hidden
+from ..steer.vista import NormPreservingSteer, last_hidden, steering_direction
 from .calibrate_given import IMAGE, Given, Made
 from .quality import predict, prefill
 
@@ -81,8 +81,8 @@ def var(
     given.fits(given.ids.shape[1])
     # The knobs are checked before the work.
     knobs = VAR((0,), tau, rho, min_sum, p, without, given.layers)  # type: ignore[arg-type]
-    dims = find_massive_dims(given.model, given.ids, tau=tau, share=share)
     peaks = massive_values(given.model, given.ids)
+    dims = massive_dims(peaks, tau=tau, share=share)
     limit = default_tau(peaks.shape[1], tau)
 
     def told(dimension: int) -> dict[str, Any]:
@@ -131,10 +131,10 @@ def vista(given: Given, *, lam: float = 0.17, compat: bool = False) -> Made:
     """The direction of every layer: what the context adds to the prompt's last token."""
     assert given.spans is not None
     short = drop_span(given.ids, given.spans, IMAGE)[0]
-    method = calibrate_vista(given.model, short, given.ids, lam=lam, compat=compat)
-    norms = method.v.norm(dim=-1)
-    hidden = last_hidden(given.model, given.ids)[0].norm(dim=-1)
-    return replace(method, layers=given.layers).save, {
+    negative, positive = (last_hidden(given.model, ids) for ids in (short, given.ids))
+    v = steering_direction(negative, positive, compat)
+    norms, hidden = v.norm(dim=-1), positive[0].norm(dim=-1)
+    return NormPreservingSteer(v, lam, given.layers).save, {
         "layers": [
             {"layer": layer, "norm": float(norm), "share": float(norm / hidden[layer])}
             for layer, norm in enumerate(norms)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..core.masks import Full
 from .calls import AttentionCall, Pass
 from .compute import compute
 from .edit import IN_ATTENTION, Edit, Site
@@ -27,7 +26,6 @@ from .interface import (
     switch_on,
 )
 from .method import Inner, Inside, Method, Probe
-from .own_mask import OwnMask
 from .rotary import Rotary, find_rotary
 from .sites import ATTENTIONS, Attention, LayerSites, find_layers
 from .spans import Spans
@@ -231,12 +229,7 @@ class Engine:
                 )
         extra = dict(extra)
         scale, dropout = extra.pop("scaling", None), extra.pop("dropout", 0.0)
-        if self.crosses and mask is None:
-            own, bias = OwnMask(Full(), None, None, 0, k.shape[2]), None
-        else:
-            own, bias = given_mask(module, q, k, mask, extra)
-        if self.crosses and bias is not None and not bool(bias.tensor.any()):
-            bias = None  # T5 hands zeros on
+        own, bias = given_mask(module, q, k, mask, extra, self.crosses)
         k, v = k[:, :, : own.keys], v[:, :, : own.keys]
         layer = self.index[module]
         passing = self.tracker.during(q.shape[2], own, given)

@@ -20,15 +20,19 @@ def given_mask(
     k: Tensor,
     mask: MaskToken | Tensor | None,
     extra: dict[str, Any],
+    crosses: bool = False,
 ) -> tuple[OwnMask, DenseBias | None]:
     """Translate what an attention function was given as its mask.
 
     A :class:`MaskToken` is what our mask function made. ``None`` comes from models that ask for no
     mask at all (image towers): then ``is_causal`` decides, as for PyTorch's kernel. A 4-D tensor is
     the user's own: bool ones say where a query may look, float ones are added to the scores, with
-    entries below half of the dtype's range taken as "may not look".
+    entries below half of the dtype's range taken as "may not look". Where the keys are another
+    sequence's (``crosses``), no mask hides nothing.
     """
     bias = extra.pop("position_bias", None)
+    if crosses and bias is not None and not bool(bias.any()):
+        bias = None  # T5 hands zeros on
     n, m = q.shape[2], k.shape[2]
     if isinstance(mask, MaskToken):
         return mask.own, None if bias is None else DenseBias(bias[..., : mask.own.keys])
@@ -36,7 +40,7 @@ def given_mask(
         flag = extra.get("is_causal")
         causal = getattr(module, "is_causal", True) if flag is None else flag
         # as PyTorch's kernel is used there: causal from the upper left, one query sees everything
-        causal = bool(causal) and n > 1
+        causal = bool(causal) and n > 1 and not crosses
         keys = min(n, m) if causal else m
         own = OwnMask(Causal() if causal else Full(), None, None, 0, keys)
         return own, None if bias is None else DenseBias(bias[..., :keys])

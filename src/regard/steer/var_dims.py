@@ -27,9 +27,13 @@ def find_massive_dims(
     Raises:
         ValueError: there are none; the message tells the largest value.
     """
+    return massive_dims(massive_values(model, inputs), tau=tau, share=share)
+
+
+def massive_dims(peaks: Tensor, *, tau: float | None = None, share: float = 0.5) -> tuple[int, ...]:
+    """The dimensions of :func:`find_massive_dims`, from the values of :func:`massive_values`."""
     if not 0 < share <= 1:
         raise ValueError(f"find_massive_dims: share must lie in (0, 1], got {share}")
-    peaks = massive_values(model, inputs)
     tau = default_tau(peaks.shape[1], tau)
     often = (peaks > tau).double().mean(0) >= share
     strength = peaks.mean(0)
