@@ -18,12 +18,11 @@ from torch import Tensor
 import regard
 from regard.bench.timing import row
 from regard.models import load, random_heads
-from regard.models.edit import Site
 from regard.steer.lofit import LoFiT
 from regard.steer.lofit_train import calibrate_heads, fit_biases
 
 from . import main
-from .counted import slope
+from .counted import edited, slope
 from .needle_bed import tell
 
 # fmt: off
@@ -36,14 +35,6 @@ THINGS = [
 # fmt: on
 ASK = "Question: Where can I find {}?\nAnswer:"
 REPLY = " Ahoy, sailor! Ye shall find {} beneath the old harbour, by the light of the moon."
-
-
-class _Counted(LoFiT):
-    done = 0
-
-    def _edit(self, z: Tensor, site: Site) -> Tensor:
-        _Counted.done += z.numel()
-        return super()._edit(z, site)
 
 
 def growth() -> list[dict[str, Any]]:
@@ -66,16 +57,16 @@ def growth() -> list[dict[str, Any]]:
     sizes = [sum(p.numel() for p in LoFiT(small, every[:k]).trained()) for k in counts]
     work = []
     for n in lengths:
-        _Counted.done = 0
-        with torch.no_grad(), regard.patch(small, _Counted(small, every[::4])):
+        method = LoFiT(small, every[::4])
+        with torch.no_grad(), edited(LoFiT, "_edit") as made, regard.patch(small, method):
             small(torch.arange(n)[None] % 64)
-        work.append(_Counted.done)
+        work.append(sum(made))
     taken = time.perf_counter() - start
     told = f"grow as K^{slope(counts, sizes):.2f}: {sizes[0]} to {sizes[-1]}, 2 D = 16 a head"
-    edited = f"grow as N^{slope(lengths, work):.2f}: {work[0]:,} to {work[-1]:,} numbers edited"
+    told_n = f"grow as N^{slope(lengths, work):.2f}: {work[0]:,} to {work[-1]:,} numbers edited"
     return [
         row("parameters, K=2..32", taken, note=told),
-        row("prompt, N=64..256", taken, note=edited),
+        row("prompt, N=64..256", taken, note=told_n),
     ]
 
 

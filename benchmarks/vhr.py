@@ -20,23 +20,15 @@ from torch import Tensor
 import regard
 from regard.bench.timing import row
 from regard.models import Spans, rank
-from regard.models.edit import Site
 from regard.steer.vhr import VHR
 from regard.steer.vhr_branches import calibrate_vhr, vhd
 
 from . import main
-from .counted import slope
+from .counted import edited, slope
 from .needle_bed import measured, model, note, prompts, tell
 from .small_llama import small_llama
 
 LAYERS = range(17, 30)
-made: list[int] = []
-
-
-class _Counted(VHR):
-    def _choose(self, weights: Tensor, site: Site) -> Tensor:
-        made.append(weights.numel())
-        return super()._choose(weights, site)
 
 
 def _small(n: int) -> tuple[Any, Tensor, Spans]:
@@ -61,8 +53,11 @@ def rows_of_mlp(n: int) -> int:
 def weights_made(n: int) -> int:
     """Weights read by the choice within a prefill of `n` tokens."""
     small, ids, spans = _small(n)
-    made.clear()
-    with torch.no_grad(), regard.patch(small, _Counted(layers=[1, 2]), spans=spans):
+    with (
+        torch.no_grad(),
+        edited(VHR, "_choose") as made,
+        regard.patch(small, VHR(layers=[1, 2]), spans=spans),
+    ):
         small(ids)
     return sum(made)
 

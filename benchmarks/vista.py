@@ -18,21 +18,12 @@ from torch import Tensor
 import regard
 from regard.bench.timing import row
 from regard.models import HeadMask, Method, drop_span
-from regard.models.edit import Site
 from regard.steer.vista import NormPreservingSteer, calibrate_vista, last_hidden
 
 from . import main
-from .counted import slope
+from .counted import edited, slope
 from .needle_bed import Prompt, model, prompts, tell
 from .small_llama import small_llama
-
-
-class _Counted(NormPreservingSteer):
-    done = 0
-
-    def _steer(self, x: Tensor, site: Site) -> Tensor:
-        _Counted.done += x.numel()
-        return super()._steer(x, site)
 
 
 def growth(sizes: tuple[int, ...] = (128, 256, 512, 1024)) -> list[dict[str, Any]]:
@@ -46,10 +37,14 @@ def growth(sizes: tuple[int, ...] = (128, 256, 512, 1024)) -> list[dict[str, Any
     handle.remove()
     work = []
     for n in sizes:
-        _Counted.done = 0
-        with torch.no_grad(), regard.patch(small, _Counted(v)):
+        method = NormPreservingSteer(v)
+        with (
+            torch.no_grad(),
+            edited(NormPreservingSteer, "_steer") as made,
+            regard.patch(small, method),
+        ):
             small(ids[:, :n])
-        work.append(_Counted.done)
+        work.append(sum(made))
     taken = time.perf_counter() - start
     told = f"grow as N^{slope(sizes, work):.2f}: {work[0]:,} to {work[-1]:,} numbers edited"
     return [

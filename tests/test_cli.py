@@ -17,17 +17,9 @@ import torch
 from regard import doctor
 from regard.cli import main
 from regard.core.masks import Causal, SlidingWindow
+from tests.commands import Captured, run
 
 MASKS = "full, window:512, Causal() & SlidingWindow(3, 1),"
-
-Captured = pytest.CaptureFixture[str]
-
-
-def run(capsys: Captured, *argv: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    said = capsys.readouterr()
-    return int(stop.value.code or 0), said.out, said.err
 
 
 @pytest.mark.parametrize(

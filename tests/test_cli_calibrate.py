@@ -9,18 +9,10 @@ from pathlib import Path
 import pytest
 
 from regard.bench import calibrating, steering
-from regard.cli import main
 from tests.bench.test_calibrating import CONTEXT, PROMPT, Tokenizer, tiny
+from tests.commands import Captured, run
 
-Captured = pytest.CaptureFixture[str]
 ASKED = ["--context", CONTEXT, "--prompt", PROMPT]
-
-
-def run(capsys: Captured, *argv: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    said = capsys.readouterr()
-    return int(stop.value.code or 0), said.out, said.err
 
 
 @pytest.fixture

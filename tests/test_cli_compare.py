@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from regard.cli import _methods, main
+from regard.cli import _methods
 from regard.core.masks import Causal, SlidingWindow
 from regard.report.mask_text import _makers
-
-Captured = pytest.CaptureFixture[str]
-
-
-def run(capsys: Captured, *argv: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    said = capsys.readouterr()
-    return int(stop.value.code or 0), said.out, said.err
+from tests.commands import Captured, run
 
 
 def test_masks_names_and_steering_methods_in_one_list() -> None:

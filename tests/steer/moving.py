@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models.tiny import ids, left_padding, make
+from tests.steer.tiny_vlm import IMAGE
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -184,3 +185,21 @@ def works_on_images(make_method: Any, neutral: Method) -> None:
         steered[0, -1, model.get_decoder().config.eos_token_id] = -torch.inf  # four tokens at least
         assert tokens[0, inputs["input_ids"].shape[1]] == steered[0, -1].argmax(), name
         assert torch.equal(model(**inputs).logits, plain), name
+
+
+@torch.no_grad()
+def steps_behind_an_image_are_one_pass(
+    model: Any, inputs: dict[str, Any], spans: Spans, method: Method
+) -> None:
+    """Three further tokens over the cache of a Qwen2-VL prompt, against one pass over all."""
+    answer = torch.tensor([[15, 16, 17]])
+    x = torch.cat([inputs["input_ids"], answer], 1)
+    longer = {**inputs, "input_ids": x, "mm_token_type_ids": (x == IMAGE).int()}
+    with regard.patch(model, method, spans=spans):
+        whole = model(**longer).logits
+        out = model(**inputs, use_cache=True)
+        steps = [out.logits]
+        for t in range(3):
+            cache = out.past_key_values
+            steps.append(model(answer[:, t : t + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, **TOLERANCE)

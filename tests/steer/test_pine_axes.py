@@ -87,17 +87,7 @@ def test_beside_an_image_of_three_axes(build, before):
 @torch.no_grad()
 def test_decoding_behind_an_image_of_three_axes():
     model, ((inputs, spans), _) = beside_an_image(qwen2_vl, True)
-    answer = torch.tensor([[15, 16, 17]])
-    x = torch.cat([inputs["input_ids"], answer], 1)
-    longer = {**inputs, "input_ids": x, "mm_token_type_ids": (x == IMAGE).int()}
-    with regard.patch(model, PINE(), spans=spans):
-        whole = model(**longer).logits
-        out = model(**inputs, use_cache=True)
-        steps = [out.logits]
-        for t in range(3):
-            cache = out.past_key_values
-            steps.append(model(answer[:, t : t + 1], past_key_values=cache).logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, **moving.TOLERANCE)
+    moving.steps_behind_an_image_are_one_pass(model, inputs, spans, PINE())
 
 
 @torch.no_grad()
