@@ -119,8 +119,8 @@ def test_other_calls_are_left_to_tiles():
     assert not one_row.serves(q, Call(mask=None, layout=chosen, bias=None, scale=1.0, dropout=0.1))
 
 
-def test_a_batch_of_nothing():
-    empty, chosen = [x[:0] for x in drawn()], layout(1, KV)
-    assert attend(*empty, layout=chosen).shape == (0, H, 1, 5)
-    with pytest.raises(ValueError, match="at least one sequence, query and key"):
-        attend(*empty, layout=chosen, backend="blocks")
+@pytest.mark.parametrize("backend", ["auto", "blocks", "reference"])
+def test_a_batch_of_nothing(backend):
+    empty = [x[:0] for x in drawn()]
+    out, lse = attend(*empty, layout=layout(1, KV), backend=backend, return_lse=True)
+    assert out.shape == (0, H, 1, 5) and lse.shape == (0, H, 1)

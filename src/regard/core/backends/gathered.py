@@ -27,13 +27,14 @@ def _as_blocks(x: Tensor, side: int, group: int = 1, fill: float = 0.0) -> Tenso
     if blocks * side != length:
         x = F.pad(x, (0, 0, 0, blocks * side - length), value=fill)
     x = x.reshape(b, h // group, group, blocks, side, d)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, group * side, d)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(b * (h // group) * blocks, group * side, d)
 
 
 def _from_blocks(x: Tensor, b: int, units: int, group: int, length: int, side: int) -> Tensor:
     """The inverse of :func:`_as_blocks`."""
-    x = x.view(b, units, -1, group, side, x.shape[-1]).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, units * group, -1, x.shape[-1])[:, :, :length]
+    blocks = -(-length // side)
+    x = x.view(b, units, blocks, group, side, x.shape[-1]).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, units * group, blocks * side, x.shape[-1])[:, :, :length]
 
 
 def _permute(x: Tensor, perm: Tensor | None) -> Tensor:

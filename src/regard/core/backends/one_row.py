@@ -15,7 +15,7 @@ def serves(q: Tensor, call: Call) -> bool:
     """Whether a call is one plain row: no bias, no dropout, blocks in their order."""
     layout = call.layout
     plain = layout is not None and not layout.permuted and call.bias is None
-    return plain and q.shape[2] == 1 and call.dropout == 0.0
+    return plain and len(q) > 0 and q.shape[2] == 1 and call.dropout == 0.0
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
