@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .recur_line import Line
+from .triangle import unit_lower_inverse
 
 # Side of the squares on the diagonal in which decays of single channels are raised pair by pair.
 _SUB = 8
@@ -39,10 +40,8 @@ def strip(line: Line, state: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     else:
         beta = line.beta.unflatten(1, (n, chunk))[..., None]
         reading = k if sums is None else k * wide.exp()
-        system = beta * scores[:, :, -1].tril(-1)
-        solved = torch.linalg.solve_triangular(
-            system, beta * torch.cat([v, reading], dim=-1), upper=False, unitriangular=True
-        )
+        system = beta * scores[:, :, -1]
+        solved = unit_lower_inverse(system) @ (beta * torch.cat([v, reading], dim=-1))
         written, starts, state = _delta_turns(solved, leaving, carry, state)
         scores = scores[:, :, :-1]
     group = q.shape[2]
