@@ -49,21 +49,19 @@ def work(side: int, regions: int, topk: int) -> int:
 
 
 def best(side: int, topk: int) -> tuple[int, int]:
-    """The number of regions a side, a power of two, that costs least, and what it costs."""
-    found = []
-    regions = 1
-    while regions <= side:
-        if regions**2 >= topk:
-            found.append((work(side, regions, topk), regions))
-        regions *= 2
-    least, regions = min(found)
+    """The number of regions a side, a divisor of it, that costs least, and what it costs."""
+    divisors = [s for s in range(1, side + 1) if side % s == 0 and s**2 >= topk]
+    least, regions = min((work(side, s, topk), s) for s in divisors)
     return regions, least
 
 
 def growth(
-    sides: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024), topk: int = 4
+    sides: tuple[int, ...] = (48, 80, 96, 144, 192, 240, 320), topk: int = 4
 ) -> list[dict[str, Any]]:
-    """Work over N with the best S, and with S held: stated 4/3, and 2 for N large."""
+    """Work over N with the best S, and with S held: stated 4/3, and 2 for N large.
+
+    The first and the last side have a divisor near the best S, which is `(k N^2)^(1/6)`.
+    """
     start = time.perf_counter()
     chosen, least = zip(*(best(side, topk) for side in sides), strict=True)
     pixels = [side * side for side in sides]

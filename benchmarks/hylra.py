@@ -11,7 +11,6 @@ instead of products with hash codes), O(k D) in reusing ones; O(L^2 C) for the p
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from regard.sparse.hylra_plan import best_reuse
 from regard.sparse.hylra_state import ReuseState
 
 from . import main
+from .counted import slope
 from .smollm2_docs import documents, nll
 
 
@@ -55,8 +55,11 @@ def growth(
     for name, pairs in counts.items():
         # Beyond what is kept, which does not depend on M.
         net = [p - (pairs[0] - 4 * sizes[0] if name == "selecting layer" else 0) for p in pairs]
-        slope = math.log(net[-1] / net[0]) / math.log(sizes[-1] / sizes[0])
-        note = f"pairs of 4 heads grow as M^{slope:.2f}: {pairs[0]:,} to {pairs[-1]:,}; k={keep}"
+        stated = "k, M^0" if name == "reusing layer" else "M"
+        note = (
+            f"pairs of 4 heads grow as M^{slope(sizes, net):.2f} (stated {stated}): "
+            f"{pairs[0]:,} to {pairs[-1]:,}; k={keep}"
+        )
         rows.append(row(f"{name}, M={sizes[0]}..{sizes[-1]}", taken, None, None, note))
     return rows
 

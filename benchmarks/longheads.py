@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import regard
 from regard import Causal, Full, Mask, SlidingWindow
@@ -74,25 +76,46 @@ def beyond(length: int = 9216, trained: int = 8192) -> list[dict[str, Any]]:
     return _losses(methods, 1, length, trained)
 
 
-def growth(sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Scoring(ChunkSelect):
+    """The choice of chunks, which notes how many products of a query and a feature it makes."""
+
+    scored: list[int] = field(default_factory=list)
+
+    def choose(
+        self, q: Tensor, features: Tensor, rows: Tensor, *, exclude_self: bool = False
+    ) -> Tensor:
+        self.scored.append(q.shape[2] * features.shape[2])
+        return super().choose(q, features, rows, exclude_self=exclude_self)
+
+
+def growth(
+    sizes: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768, 65536),
+) -> list[dict[str, Any]]:
     """Pairs and scored features of a prefill, and of one more token, chunks of 64, 512 keys a query."""
-    start, select = time.perf_counter(), ChunkSelect(64, 512, 512)
+    start = time.perf_counter()
     whole, scored, steps, features = [], [], [], []
     for n in sizes:
+        select = _Scoring(64, 512, 512)
         cache = ChunkCache(select)
         q, k, v = torch.randn(3, 1, 1, n, 4, generator=torch.Generator().manual_seed(0))
         with counted(longheads_chunks, row_blocks) as count:
             cache.attend(q, k, v)
         whole.append(count.pairs)
-        scored.append((n - select.start) * (n // select.window))
+        scored.append(sum(select.scored))
         with counted(longheads_chunks, row_blocks) as count:
             cache.attend(*(x[:, :, :1] for x in (q, k, v)))
         steps.append(count.pairs)
-        features.append(n // select.window)
+        features.append(sum(select.scored) - scored[-1])
+    # A query reads 512 keys, and scores a feature a chunk; the first 512 rows score none.
+    forms = [n * 512 for n in sizes], [(n - 512) * (n // 64) for n in sizes]
+    stated = [slope(sizes, form) for form in forms]
     note = (
         f"prefill: pairs grow as N^{slope(sizes, whole):.2f}, scored features N^"
         f"{slope(sizes, scored):.2f} ({scored[-1] / whole[-1]:.2f} of the pairs at {sizes[-1]}); one "
-        f"more token reads {', '.join(map(str, steps))} keys and scores {', '.join(map(str, features))}"
+        f"more token reads {', '.join(map(str, steps))} keys and scores "
+        f"{', '.join(map(str, features))} (N^{slope(sizes, features):.2f}); stated N n W, "
+        f"N^{stated[0]:.2f}, N (N / W), N^{stated[1]:.2f}, and N / W a token, N^1"
     )
     dense = sizes[-1] * (sizes[-1] + 1) / 2
     bound = dense / (whole[-1] + scored[-1])

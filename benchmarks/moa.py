@@ -11,7 +11,6 @@ span; one backward pass a sample for the profile, without any N x N matrix kept.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from typing import Any
@@ -36,6 +35,7 @@ from regard.sparse.moa import (
 )
 
 from . import main
+from .counted import slope
 from .smollm2_docs import documents, nll
 
 
@@ -49,7 +49,7 @@ def growth(
         ("spans of 256 and 512", (256.0, 512.0), (0.0, 0.0)),
     ):
         start = time.perf_counter()
-        made, pairs, slots = MoAPlan((alphas,), (betas,)), [], []
+        made, pairs, slots, mean = MoAPlan((alphas,), (betas,)), [], [], []
         for n in sizes:
             spans = made.spans(n)[0]
             mask = SinkBands(tuple((spans - 64).tolist()))
@@ -57,10 +57,12 @@ def growth(
             cache, some = MoACache(spans), torch.zeros(1, 2, n, 1)
             cache.store(some, some)
             slots.append(cache.slots)
-        growths = [math.log(x[-1] / x[0]) / math.log(sizes[-1] / sizes[0]) for x in (pairs, slots)]
+            mean.append(float(spans.double().mean()))
+        work = [n * s for n, s in zip(sizes, mean, strict=True)]
         note = (
-            f"pairs grow as N^{growths[0]:.2f}, slots as N^{growths[1]:.2f}: "
-            f"{slots[-1]:,} of {2 * sizes[-1]:,}"
+            f"pairs grow as N^{slope(sizes, pairs):.2f}, slots as N^{slope(sizes, slots):.2f}: "
+            f"{slots[-1]:,} of {2 * sizes[-1]:,}; stated N times the mean span, N^"
+            f"{slope(sizes, work):.2f}, and the mean span, N^{slope(sizes, mean):.2f}"
         )
         dense = sizes[-1] * (sizes[-1] + 1)
         rows.append(

@@ -32,6 +32,7 @@ from regard.sparse.seer_distil import distil as train_gate
 from regard.sparse.seer_method import Seer, gate_for, lessons
 
 from . import main
+from .counted import slope
 from .smollm2_docs import documents, nll
 
 BLOCK, KEEP, RECENT = 32, 4, 2
@@ -146,9 +147,10 @@ def growth(
     dense = [2 * n * n * width for n in sizes]
     part = [f / d for f, d in zip(flops, dense, strict=True)]
     note = (
-        f"doubling N multiplies the gate's products by 2^{ends[0]:.2f} to 2^{ends[1]:.2f} "
-        f"(projection, then blocks squared); over (N/b)^2 d_g and projection: {min(shares):.2f} to "
-        f"{max(shares):.2f}; {part[-1]:.1e} of dense attention's at N={sizes[-1]} "
+        f"the gate's products grow as N^{slope(sizes, flops):.2f} (stated (N/b)^2 d_g and projection: "
+        f"N^{slope(sizes, stated):.2f}), by 2^{ends[0]:.2f} at first, 2^{ends[1]:.2f} at last a "
+        f"doubling; over the stated form {min(shares):.2f} to {max(shares):.2f}; {part[-1]:.1e} of "
+        f"dense attention's at N={sizes[-1]} "
         f"(1/b^2 = {block**-2:.1e})"
     )
     name = f"growth over N={sizes[0]}..{sizes[-1]}, b={block}"

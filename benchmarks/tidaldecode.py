@@ -10,7 +10,6 @@ layers, O(k D) in the others. `--time` times decoding steps over a cache of 32k 
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from regard.sparse.tidaldecode import TidalDecode
 from regard.sparse.tidaldecode_state import TidalState
 
 from . import main
+from .counted import slope
 from .smollm2_docs import documents, nll
 
 HEADS, KV_HEADS, WIDTH = 9, 3, 64
@@ -72,9 +72,12 @@ def growth(
         counts["sparse layer"].append(sparse.listed_pairs())
     taken = time.perf_counter() - start
     rows = []
+    stated = {"selecting layer": "M", "sparse layer": "k, M^0"}
     for name, pairs in counts.items():
-        slope = math.log(pairs[-1] / pairs[0]) / math.log(sizes[-1] / sizes[0])
-        note = f"pairs of 4 heads grow as M^{slope:.2f}: {pairs[0]:,} to {pairs[-1]:,}; k={top_k}"
+        note = (
+            f"pairs of 4 heads grow as M^{slope(sizes, pairs):.2f} (stated {stated[name]}): "
+            f"{pairs[0]:,} to {pairs[-1]:,}; k={top_k}"
+        )
         rows.append(row(f"{name}, M={sizes[0]}..{sizes[-1]}", taken, None, None, note))
     return rows
 
