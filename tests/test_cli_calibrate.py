@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from regard.bench import calibrating, steering
+from regard.bench import calibrating, compare, steering
+from regard.models import MadeFor
 from tests.bench.test_calibrating import CONTEXT, PROMPT, Tokenizer, tiny
 from tests.commands import Captured, run
 
@@ -70,6 +71,40 @@ def test_plans_for_compare(capsys: Captured, here: Path, argv: list[str], words:
     assert all(some in out for some in words)
     assert out.splitlines()[-1] == f"regard compare --methods {argv[0]}@plan.json"
     json.loads((here / "plan.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["act", "--text", "book.txt", "--length", "60", "--set", "threshold=0.06"],
+        ["var", "--text", "book.txt", "--length", "60"],
+        ["vhr", *ASKED],
+        ["vista", *ASKED],
+        ["hylra", "--text", "book.txt", "--length", "96", "--set", "sparsity=0.5"],
+        ["moa", "--text", "book.txt", "--length", "128", "--set", "block=8"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_file_of_another_model_is_refused(
+    capsys: Captured, here: Path, monkeypatch: pytest.MonkeyPatch, argv: list[str]
+) -> None:
+    (here / "folder").mkdir()
+    model = str(here / "folder")
+    status, out, _ = run(capsys, "calibrate", *argv, "--out", "found", "--model", model)
+    assert status == 0
+    written = (here / "found").read_bytes()
+    assert b"made_for" in written and str(here).encode() not in written
+    other = tiny(num_key_value_heads=4)
+    for module in (compare, steering):
+        monkeypatch.setattr(module, "load", lambda name: (other, Tokenizer()))
+    use = out.splitlines()[-1].replace("CONTEXT", "'under a stone'").replace("PROMPT", "Where")
+    status, out, err = run(capsys, *shlex.split(use)[1:])
+    assert status == 2 and out == "" and err.count("\n") == 1
+    own, its = MadeFor.of(tiny(), "folder"), MadeFor.of(other)
+    assert (
+        f"was calibrated for folder (4 layers, {own.heads} heads, {own.kv_heads} key heads" in err
+    )
+    assert f"has 4 layers, {its.heads} heads, {its.kv_heads} key heads" in err
 
 
 def test_json(capsys: Captured, here: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from regard.catalog import cards
 from regard.cli import _methods
 from regard.core.masks import Causal, SlidingWindow
 from regard.report.mask_text import _makers
@@ -75,6 +78,23 @@ def test_steer_lists_what_is_not_one_patch(capsys: Captured) -> None:
     methods, rest = out.split("not one patch:")
     assert "vhr" in methods and "deepeyes" not in methods
     assert "deepeyes" in rest and "regard.steer.carve:look" in rest
+
+
+def test_steer_lists_all_systems_as_json(capsys: Captured) -> None:
+    status, out, _ = run(capsys, "steer", "--methods", "--json")
+    assert status == 0
+    rows = {row["name"]: row for row in json.loads(out)}
+    keys = [key for key, card in cards().items() if card.family == "steer"]
+    assert sorted(rows) == sorted(keys)
+    assert rows["vhr"]["why_not"] is None and rows["vhr"]["settings"]["alpha"] == "2.0"
+    for name, row in rows.items():
+        if row["why_not"] is None:
+            continue
+        status, _, err = run(capsys, "steer", "--method", name, "--prompt", "x", "--set", "file=x")
+        assert status == 2 and row["why_not"] in err
+    assert rows["carve"]["why_not"].startswith("not one patch but regard.steer.carve:look (")
+    assert rows["carve"]["settings"] is None
+    assert rows["lofit"]["why_not"].startswith("made for one loaded model")
 
 
 def test_help_says_which_part_is_which(capsys: Captured) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from regard.core import data_masks, masks, rectangle_mask
 from regard.report import charts, page
-from regard.report.mask_text import parse_mask
+from regard.report.mask_text import _makers, parse_mask
 from regard.report.pictures import mask_png, mask_tile
 from regard.report.shares import shares
 
@@ -70,9 +70,51 @@ def test_parsing_takes_bare_lists_and_heads() -> None:
     assert dense.tolist() == [[True, False], [True, True]]
 
 
+# Each mask with what it cannot do without.
+LEAST = {
+    "Clear": "height=4, width=4, radius=1.5",
+    "Dense": "tensor=[[True, False], [True, True]]",
+    "Dilated": "window=2, dilation=2",
+    "Documents": "ids=[0, 1]",
+    "Halo": "grid=[4, 4], block=2, halo=1",
+    "Keys": "valid=[True]",
+    "Neighborhood": "grid=[4, 4], window=[3, 3]",
+    "PerHead": "masks=[Causal()]",
+    "Prefix": "n=2",
+    "Radial": "frames=2, tokens_per_frame=4",
+    "RadialBlocks": "frames=2, tokens_per_frame=128",
+    "S2": "query_heads=4, vert_stride=2",
+    "Shifted": "mask=Causal(), by=1",
+    "Sinks": "n=1",
+    "SlidingWindow": "left=1",
+    "Strided": "stride=2",
+}
+
+
+@pytest.mark.parametrize("name", sorted(_makers()))
+def test_usage_and_repr_are_read_back(name: str) -> None:
+    mask = parse_mask(f"{name}({LEAST.get(name, '')})")
+    assert repr(parse_mask(repr(mask))) == repr(mask)
+    with pytest.raises(ValueError, match="needs its brackets: ") as said:
+        parse_mask(name)
+    _, _, usage = str(said.value).partition("needs its brackets: ")
+    inside = usage.removeprefix(f"{name}(").removesuffix(")")
+    defaults = [part for part in inside.split(", ") if "=" in part]
+    given = LEAST.get(name, "")
+    wanted = [part for part in defaults if part.partition("=")[0] + "=" not in given]
+    same = parse_mask(f"{name}({', '.join([given, *wanted] if given else wanted)})")
+    assert repr(same) == repr(mask)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("Rectangles('x')", r"is not allowed here"),
+        ("Clear('x', 4, 1)", r"not allowed here"),
+        ("Clear([1], 4, 1)", r"'Clear\(\[1\], 4, 1\)' cannot be made: "),
+        ("S2(4, vert_positions='nowhere')", r"vert_positions must be"),
+        ("Sinks(1, 2)", r"too many positional arguments; it is Sinks\(n\)"),
+        ("MaskGroup()", r"there is no MaskGroup"),
         ("Causl()", r"there is no Causl\. Did you mean Causal\? There are: Causal, Clear, "),
         ("slidingwindow(3)", r"Did you mean SlidingWindow\?"),
         ("Xyzzy()", r"there is no Xyzzy\. There are: "),

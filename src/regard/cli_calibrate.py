@@ -39,8 +39,8 @@ def calibrate(
 ) -> None:
     """Measure what a method needs to know of a model, and write the file that the method reads.
 
-    act, var, hylra and moa read a text; vhr and vista a prompt with its context. The last line is the
-    command that uses the file.
+    act, var, hylra and moa read a text; vhr and vista a prompt with its context. The file says which
+    model it is for: one of another shape is refused. The last line is the command that uses the file.
 
     Example: regard calibrate act --layers 14,15,16 --out act.safetensors
     """

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .step_lines import step_lines
+
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .models.progress import Progress
 
 
 def existing(path: Path, command: str) -> Path:
@@ -43,21 +47,31 @@ def console(stderr: bool = False) -> Console:
 
 
 @contextmanager
-def status(words: str) -> Iterator[Any]:
-    """A spinner on stderr; yields a function that changes its words."""
-    with console(stderr=True).status(words) as status:
-        yield status.update
+def status(words: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr, plain lines where that is no terminal; yields a function that changes its
+    words."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        with step_lines(words) as say:
+            yield say
+        return
+    with screen.status(words) as spinner:
+        yield spinner.update
 
 
 @contextmanager
-def progress_bar() -> Iterator[Any]:
-    """A progress bar on stderr; yields ``advance(words, done, total)``."""
+def progress_bar() -> Iterator[Progress]:
+    """A progress bar on stderr, plain lines where that is no terminal; yields
+    ``advance(words, done, total)``."""
+    screen = console(stderr=True)
+    if not screen.is_terminal:
+        with step_lines("starting") as say:
+            yield lambda words, done, total: say(f"{words} ({done} of {total})")
+        return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    screen = console(stderr=True)
-    # Where nobody watches, a bar would leave an empty line.
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+    with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("starting", total=None)
 
         def advance(words: str, done: int, total: int) -> None:

@@ -36,13 +36,13 @@ def steer(
     Example: regard steer --method vhr --set alpha=1.5 --context "The key is under the third stone."
     --prompt "Where is the key?"
     """
-    from .bench.steer_names import build, known
+    from .bench.steer_names import build, every, known
 
     if methods:
         from .report.steer_table import methods_table
 
         if as_json:
-            print_json(known())
+            print_json(every())
         else:
             console().print(methods_table(known()))
         return

@@ -179,6 +179,45 @@ def test_a_later_token_moves_no_earlier_output_by_a_bit(backend, mask):
     assert not torch.equal(before[:, :, at:], after[:, :, at:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["reference", "blocks", "auto"])
+@pytest.mark.parametrize(
+    ("mask", "n"),
+    [
+        (Causal() & SlidingWindow(20), 300),  # bands
+        (STREAMING, 300),  # slices
+        (PerHead([Causal()] * 3 + [STREAMING]), 300),  # gathered
+        (STREAMING, 1),  # one row
+    ],
+    ids=["window", "streaming", "per head", "one row"],
+)
+def test_a_key_without_number_reaches_no_row_that_may_not_see_it(mask, n, backend, poison, dtype):
+    q, k, v = _qkv(b=1, n=n, m=300, dtype=dtype)
+    before, lse_before = attend(q, k, v, mask=mask, backend=backend, return_lse=True)
+    at = 170 if n > 1 else 295 - 12
+    k[:, :, at] = poison
+    after, lse = attend(q, k, v, mask=mask, backend=backend, return_lse=True)
+    hidden = ~mask.dense(n, 300)[..., at].expand(1, 4, n)
+    assert hidden.sum() > 0
+    torch.testing.assert_close(after[hidden], before[hidden])
+    torch.testing.assert_close(lse[hidden], lse_before[hidden])
+    if n > 1:
+        assert after[~hidden].isnan().any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocks"])
+def test_a_bias_without_number_counts_only_where_a_row_may_look(backend):
+    q, k, v = _qkv(n=130, m=130, dtype=torch.float32)
+    i = torch.arange(130)
+    # as the logarithm of a distance has it: NaN for all later keys
+    bias = -torch.log1p((i[:, None] - i[None, :]).float() - 0.5)
+    assert bias.isnan().any()
+    out = attend(q, k, v, mask=Causal(), bias=bias, backend=backend)
+    expected = attend(q, k, v, mask=Causal(), bias=bias.nan_to_num(), backend="reference")
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", "blocks", "auto"])
 @pytest.mark.parametrize("shape", [(0, 5, 5), (2, 0, 5), (2, 5, 0), (2, 0, 0)])
 def test_nothing_to_compute(backend, shape):

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..models import Spans
+from ..models import MadeFor, Spans
 from ..models.progress import Progress
 
 # What the context's span is called.
@@ -29,6 +29,7 @@ class Given:
         spans: of a prompt.
         layers: asked for.
         progress: called with (words, steps done, steps in all).
+        made_for: what the file says of the model.
     """
 
     model: Any
@@ -37,6 +38,7 @@ class Given:
     spans: Spans | None = None
     layers: list[int] | None = None
     progress: Progress | None = None
+    made_for: MadeFor | None = None
 
     def fits(self, n: int) -> None:
         """Raise unless the model has ``n`` positions."""

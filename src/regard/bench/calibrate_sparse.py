@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..sparse.hylra_calibrate import profile as layer_profile
 from ..sparse.hylra_plan import plan as reuse_plan
 from ..sparse.moa_plan import MoAPlan
@@ -40,7 +42,7 @@ def hylra(
         )
     }
     measured = layer_profile(given.model, given.ids, **sizes)
-    found = reuse_plan(measured, sparsity, rho)
+    found = replace(reuse_plan(measured, sparsity, rho), made_for=given.made_for)
     layers = [
         {
             "layer": layer,
@@ -82,7 +84,7 @@ def moa(
     cost = rule_density([0.0] * blocks, shares, blocks, block)
     lost = influence.losses(rules)
     ids = span_plan(lost, cost, budget, max_rules=max_rules)
-    found = MoAPlan.of(ids, rules, block)
+    found = MoAPlan.of(ids, rules, block, given.made_for)
     same = int((cost <= budget).nonzero().max())
     return found.save, {
         "layers": [

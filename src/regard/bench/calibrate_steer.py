@@ -49,7 +49,7 @@ def act(
             f"calibrate: none of {tried} heads lowers the loss by more than {margin}; try other "
             "layers or settings, or another text"
         )
-    method = replace(knobs, heads=heads)
+    method = replace(knobs, heads=heads, made_for=given.made_for)
     together = {}
     for name, ids in (("text", given.ids), ("after", given.after)):
         if ids is not None:
@@ -95,7 +95,7 @@ def var(
         }
 
     others = [d for d in peaks.mean(0).argsort(descending=True).tolist() if d not in dims]
-    return replace(knobs, dims=dims).save, {
+    return replace(knobs, dims=dims, made_for=given.made_for).save, {
         "dims": [told(dimension) for dimension in dims],
         "next": told(others[0]) if others else None,
         "tau": limit,
@@ -117,7 +117,7 @@ def vhr(given: Given, *, alpha: float = 2.0, outlier: bool = True, rows: str = "
     )
     assert method.heads is not None
     divergence = vhd(given.model, given.ids, given.spans, IMAGE)[0]
-    return method.save, {
+    return replace(method, made_for=given.made_for).save, {
         "heads": [
             {"layer": layer, "heads": row.nonzero().flatten().tolist()}
             for layer, row in enumerate(method.heads[0])
@@ -134,7 +134,7 @@ def vista(given: Given, *, lam: float = 0.17, compat: bool = False) -> Made:
     negative, positive = (last_hidden(given.model, ids) for ids in (short, given.ids))
     v = steering_direction(negative, positive, compat)
     norms, hidden = v.norm(dim=-1), positive[0].norm(dim=-1)
-    return NormPreservingSteer(v, lam, given.layers).save, {
+    return NormPreservingSteer(v, lam, given.layers, made_for=given.made_for).save, {
         "layers": [
             {"layer": layer, "norm": float(norm), "share": float(norm / hidden[layer])}
             for layer, norm in enumerate(norms)

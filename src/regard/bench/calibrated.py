@@ -17,7 +17,7 @@ from ..sparse.seer_method import Seer
 
 def _hylra(path: Path, keys: int) -> Method:
     plan = ReusePlan.load(path)
-    return LayerReuse(plan.policy, plan.full, TopTokens(keys))
+    return LayerReuse(plan.policy, plan.full, TopTokens(keys), made_for=plan.made_for)
 
 
 # name -> (what the file is, method of the file and of the keys that a query reads)

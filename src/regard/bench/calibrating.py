@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..catalog import cards
 from ..data import sample_text
-from ..models import load
+from ..models import MadeFor, load
 from ..models.load import DEFAULT
 from ..models.progress import Progress
 from .calibrate_given import IMAGE, Given
@@ -107,17 +107,18 @@ def run(
         if wrong:
             raise ValueError(f"calibrate: layers {wrong}, but {model} has {depth}")
         only = None if layers is None else sorted(set(layers))
+        made_for = MadeFor.of(loaded, model)
         if kind.needs == "prompt":
             assert prompt is not None and context is not None
             ids, spans = parts(tokenizer, prompt, context, IMAGE, "calibrate")
-            given = Given(loaded, ids.to(loaded.device), None, spans, only, progress)
+            given = Given(loaded, ids.to(loaded.device), None, spans, only, progress, made_for)
             given.fits(ids.shape[1])
             read: dict[str, Any] = {"prompt": prompt, "context": context}
         else:
             count = kind.length if length is None else length
             assert count is not None
             ids, after = _read(tokenizer, text, count, loaded.device)
-            given = Given(loaded, ids, after, None, only, progress)
+            given = Given(loaded, ids, after, None, only, progress, made_for)
             read = {"text": "sample" if text is None else Path(text).name}
         say(f"calibrating {name}", 1, 2)
         save, found = kind.make(given, **chosen)

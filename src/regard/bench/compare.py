@@ -101,6 +101,9 @@ def run(
     query = config.num_attention_heads
     heads = Heads(query, getattr(config, "num_key_value_heads", None) or query)
     chosen = _chosen(methods, length, heads)
+    for one in chosen:
+        if isinstance(one.how, Method):
+            one.how.check_model(loaded)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise ValueError(f"compare: length {length}, but {model} has {limit} positions")

@@ -53,6 +53,32 @@ def others() -> list[dict[str, Any]]:
     ]
 
 
+def every() -> list[dict[str, Any]]:
+    """All steering systems as plain data, methods first: what :func:`known` says of them (``settings``
+    is ``None`` where there are none to give), and ``why_not``, why no command takes this one by its
+    name; ``None`` where it does."""
+    methods = [{**row, "why_not": _one_model(row["name"])} for row in known()]
+    systems = [
+        {key: row[key] for key in ("name", "title", "arxiv")}
+        | {"settings": None, "why_not": _not_one_patch(row)}
+        for row in others()
+    ]
+    return methods + systems
+
+
+def _not_one_patch(row: dict[str, Any]) -> str:
+    """What a row of :func:`others` is instead."""
+    return f"not one patch but {row['entry']} ({row['what'].rstrip('.')})"
+
+
+def _one_model(name: str) -> str | None:
+    """Why a method cannot be made from text; ``None`` if it can."""
+    card, kind = _methods()[name]
+    if "model" not in _parameters(kind):
+        return None
+    return f"made for one loaded model, which no setting can name; use {card.entry} in Python"
+
+
 def steers(how: object) -> bool:
     """Whether this is a steering method of the catalog, which works on spans of a prompt."""
     return isinstance(how, tuple(kind for _, kind in _methods().values()))
@@ -83,13 +109,11 @@ def build(name: str, settings: Sequence[str], who: str = "steer") -> Method:
     found = _methods()
     if name not in found:
         raise ValueError(f"{who}: {unknown(name)}")
-    card, kind = found[name]
+    kind = found[name][1]
     allowed = _parameters(kind)
-    if "model" in allowed:
-        raise ValueError(
-            f"{who}: {name} is made for one loaded model, which no setting can name; use "
-            f"{card.entry} in Python (regard catalog {name} tells more)"
-        )
+    why_not = _one_model(name)
+    if why_not is not None:
+        raise ValueError(f"{who}: {name} is {why_not} (regard catalog {name} tells more)")
     given: dict[str, Any] = {}
     file = None
     for setting in settings:
@@ -124,10 +148,7 @@ def unknown(name: str, besides: Iterable[str] = ()) -> str:
     """
     for row in others():
         if row["name"] == name:
-            return (
-                f"{name} is not one patch but {row['entry']} ({row['what'].rstrip('.')}); "
-                f"regard catalog {name} tells more"
-            )
+            return f"{name} is {_not_one_patch(row)}; regard catalog {name} tells more"
     names = [*besides, *_methods()]
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
@@ -159,7 +180,9 @@ def _made(kind: type[Method], given: dict[str, Any], file: str | None, who: str)
 
 
 def _parameters(kind: type[Method]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(kind).parameters)
+    every = inspect.signature(kind).parameters
+    # Which model something was made for is said by its file, not by its user.
+    return {key: one for key, one in every.items() if key != "made_for"}
 
 
 def _entry(card: Card) -> Any:

@@ -62,6 +62,7 @@ def run(
     say(f"loading {model}", 0, 3)
     loaded, tokenizer = load(model)
     loaded.eval()
+    method.check_model(loaded)
     ids, spans = parts(tokenizer, prompt, context, role)
     limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + tokens > limit:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .heads import mean_heads as mean_heads
     from .heads import random_heads as random_heads
     from .heads import rank as rank
+    from .made_for import MadeFor as MadeFor
     from .maps_probe import MapsProbe as MapsProbe
     from .method import Method as Method
     from .method import Probe as Probe
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "HeadMask": "heads",
+    "MadeFor": "made_for",
     "Put": "activations",
     "Restore": "activations",
     "Table": "table",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ..core.masks import And, Full, Mask
 from .calls import AttentionCall, Pass
 from .edit import Edit
+from .made_for import MadeFor
 from .sites import LayerSites
 
 Inner: TypeAlias = Callable[[AttentionCall], Tensor]
@@ -42,6 +43,17 @@ class Method:
     as the KV cache). A plain :class:`regard.Mask` is a method too: it narrows the model's mask.
     """
 
+    @property
+    def made_for(self) -> MadeFor | None:
+        """The model that it was calibrated for, where that is known."""
+        return None
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ``ValueError`` if it was calibrated for a model of another shape. A patch asks this
+        first."""
+        if self.made_for is not None:
+            self.made_for.check(model, type(self).__name__)
+
     def mask(self, pattern: Mask, call: AttentionCall) -> Mask:
         """The mask to use instead of ``pattern`` (in the call's positions; see ``call.place``).
         Padded keys stay hidden whatever is returned."""
@@ -62,6 +74,17 @@ class Method:
         calls to it (``inner(call.replace(layout=...))``) rather than calling ``regard.attend``:
         edits of other methods would be lost."""
         return inner(call)
+
+
+@dataclass(frozen=True, eq=False)
+class Calibrated(Method):
+    """Base of methods whose heads, layers or directions were found in one model.
+
+    Attributes:
+        made_for: that model, as its file says; ``None`` where it is not known, and any model is taken.
+    """
+
+    made_for: MadeFor | None = field(default=None, kw_only=True, repr=False, compare=False)
 
 
 def both(first: Mask, second: Mask) -> Mask:

@@ -51,7 +51,8 @@ def patch(
             its encoder: rows are the decoder's tokens, keys, padding and positions the encoder's.
 
     Raises:
-        ValueError: the model does not use the attention interface, or a method does not fit it.
+        ValueError: the model does not use the attention interface, a method does not fit it, or was
+            calibrated for a model of another shape (:class:`MadeFor`).
     """
     wanted = [as_method(method) for method in methods]
     if not wanted:
@@ -144,6 +145,9 @@ def _on(
     attention: Attention,
 ) -> Iterator[None]:
     engine = engine_of(model, attention)
+    for method, _ in wanted:
+        if method is not None:
+            method.check_model(model)
     chosen = None if layers is None else frozenset(layers)
     wrong = sorted(i for i in chosen or () if not 0 <= i < len(engine.layers))
     if wrong:

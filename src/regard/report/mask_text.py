@@ -1,6 +1,7 @@
 """A mask from its text, ``"Causal() & (SlidingWindow(16) | Sinks(4))"``: the inverse of its repr.
 
-The text is parsed, never evaluated: names of masks, numbers, lists, ``& | ~`` and nothing else.
+The text is parsed, never evaluated: names of masks, numbers, lists, ``& | ~``, and a text or None where
+a mask takes one.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import ast
 import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Any
+from itertools import zip_longest
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -23,14 +26,14 @@ MAX_CHARACTERS = 20_000
 _PATTERNS = (power, s2_pattern, radial, neighborhood_mask, clear_mask, halonet_mask)
 
 # What the masks themselves take for granted.
-_KINDS: dict[str, type] = {"mask": Mask, "masks": list, "by": int}
+_KINDS: dict[str, Any] = {"mask": Mask, "masks": (list, tuple), "by": int}
 
 _VECTOR = {"Documents": torch.int64, "Keys": torch.bool, "Dense": torch.bool}
 
 
 def _makers() -> dict[str, Callable[..., Mask]]:
     """The masks that a text can name, by name; a Predicate is a function and has no text."""
-    inner = {"Mask", "GridMask", "MaskAround", "And", "Or", "Not", "Predicate"}
+    inner = {"Mask", "GridMask", "MaskAround", "MaskGroup", "And", "Or", "Not", "Predicate"}
     return {
         name: kind
         for module in (masks, data_masks, rectangle_mask, *_PATTERNS)
@@ -82,7 +85,8 @@ class _Parser:
         if isinstance(node, ast.Call):
             return self._call(node)
         if isinstance(node, (ast.List, ast.Tuple)):
-            return [self.value(item) for item in node.elts]
+            items = [self.value(item) for item in node.elts]
+            return items if isinstance(node, ast.List) else tuple(items)
         if isinstance(node, ast.Constant) and isinstance(node.value, int):
             return node.value
         if isinstance(node, ast.Name):
@@ -122,20 +126,36 @@ class _Parser:
         maker = self._maker(name)
         if any(word.arg is None for word in node.keywords):
             raise ValueError(f"mask: {name}: ** is not allowed")
-        args = [self._argument(name, arg) for arg in node.args]
-        named = {str(word.arg): self._argument(name, word.value) for word in node.keywords}
+        signature, hints = inspect.signature(maker), get_type_hints(maker)
+        kinds = [hints.get(word) for word in signature.parameters]
+        args = [
+            self._argument(name, arg, kind)
+            for arg, kind in zip_longest(node.args, kinds[: len(node.args)])
+        ]
+        named = {
+            str(word.arg): self._argument(name, word.value, hints.get(str(word.arg)))
+            for word in node.keywords
+        }
         try:
-            given = inspect.signature(maker).bind(*args, **named).arguments
+            given = signature.bind(*args, **named).arguments
         except TypeError as error:
             raise ValueError(f"mask: {name}: {error}; it is {name}{self._usage(name)}") from error
         for word, value in given.items():
             if word in _KINDS and not isinstance(value, _KINDS[word]):
                 raise ValueError(f"mask: {name}: {word} cannot be {value!r}")
-        return maker(*args, **named)
+        try:
+            return maker(*args, **named)
+        except TypeError as error:
+            raise ValueError(
+                f"mask: {_short(ast.unparse(node))} cannot be made: {error}"
+            ) from error
 
-    def _argument(self, name: str, node: ast.expr) -> Any:
+    def _argument(self, name: str, node: ast.expr, hint: Any) -> Any:
+        # None, texts and broken numbers stand only where the mask says that it takes them.
+        if isinstance(node, ast.Constant) and type(node.value) in _kinds(hint):
+            return node.value
         value = self.value(node)
-        if name not in _VECTOR or not isinstance(value, list):
+        if name not in _VECTOR or not isinstance(value, (list, tuple)):
             return value
         try:
             return torch.tensor(value, dtype=_VECTOR[name])
@@ -153,10 +173,20 @@ class _Parser:
 
     def _usage(self, name: str) -> str:
         words = [
-            word.name if word.default is word.empty else f"{word.name}={word.default}"
+            word.name if word.default is word.empty else f"{word.name}={word.default!r}"
             for word in inspect.signature(self.makers[name]).parameters.values()
         ]
         return f"({', '.join(words)})"
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The kinds of single values that an annotation names."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        return {type(value) for value in get_args(hint)}
+    if origin in (Union, UnionType):
+        return {kind for part in get_args(hint) for kind in _kinds(part)}
+    return {hint}
 
 
 def _short(text: str) -> str:

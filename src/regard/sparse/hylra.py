@@ -26,7 +26,7 @@ from regard.card import Card
 from ..core.select import Selector
 from ..core.token_select import TopTokens
 from ..models.calls import AttentionCall
-from ..models.method import Inner, Method
+from ..models.method import Calibrated, Inner
 from .hylra_calibrate import ProfileProbe as ProfileProbe
 from .hylra_calibrate import profile as profile
 from .hylra_hash import HashBlocks as HashBlocks
@@ -51,7 +51,7 @@ CARD = Card(
 
 
 @dataclass(frozen=True)
-class LayerReuse(Method):
+class LayerReuse(Calibrated):
     """Selections shared across layers in a running model: ``regard.patch(model, LayerReuse(...))``.
 
     Prefill is dense in all layers. With ``teacher_forced`` one pass over a text is what decoding it

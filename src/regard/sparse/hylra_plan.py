@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..models.made_for import MadeFor
 from .hylra_profile import LayerProfile
 
 # A state of the search: smallest and summed overlap so far, and the source before.
@@ -65,6 +66,7 @@ class ReusePlan:
         full: layers with full attention, ascending; their policy is -1.
         objective: smallest and summed overlap of the search.
         sparsity, rho: what it was planned for.
+        made_for: the model that it was profiled on, if it is known.
     """
 
     policy: tuple[int, ...]
@@ -72,21 +74,35 @@ class ReusePlan:
     objective: tuple[float, float]
     sparsity: float
     rho: float
+    made_for: MadeFor | None = field(default=None, repr=False, compare=False)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        data = asdict(self)
+        if self.made_for is None:
+            del data["made_for"]
+        Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> ReusePlan:
-        """Read a plan that :meth:`save` wrote."""
+        """Read a plan that :meth:`save` wrote.
+
+        Raises:
+            ValueError: another file.
+        """
         given = json.loads(Path(path).read_text(encoding="utf-8"))
+        needed = ("policy", "full", "objective", "sparsity", "rho")
+        if not isinstance(given, dict) or not given.keys() >= set(needed):
+            raise ValueError(
+                f"ReusePlan.load: {path} is no plan: expected {', '.join(needed)} in it"
+            )
         return cls(
             policy=tuple(given["policy"]),
             full=tuple(given["full"]),
             objective=(given["objective"][0], given["objective"][1]),
             sparsity=given["sparsity"],
             rho=given["rho"],
+            made_for=MadeFor.read(given.get("made_for"), f"ReusePlan.load: {path}"),
         )
 
     def table(self, profile: LayerProfile | None = None) -> str:

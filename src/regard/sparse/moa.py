@@ -29,6 +29,7 @@ from regard.card import Card
 from regard.core.attend import attend
 from regard.core.masks import Mask
 from regard.models.calls import AttentionCall
+from regard.models.made_for import MadeFor
 from regard.models.method import Method, both
 
 from .moa_cache import MoACache as MoACache
@@ -127,6 +128,11 @@ class MoA(Method):
             raise ValueError(
                 f"MoA: new_tokens and sinks must be >= 0, got {self.new_tokens} and {self.sinks}"
             )
+
+    @property
+    def made_for(self) -> MadeFor | None:
+        """The model that the plan was profiled on."""
+        return self.plan.made_for
 
     def bands(self, layer: int, length: int) -> SinkBands:
         """The mask of a layer, one band for each head of the plan."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from regard.models.made_for import MadeFor
 
 from .moa_rules import Rule, band_blocks, check_block, rule_density, runtime_spans
 
@@ -23,6 +25,7 @@ class MoAPlan:
         alphas, betas: `L` rows of `H` numbers, tokens and shares of the length; `H` is the number of
             key heads, or of query heads.
         block: tokens a block of the profile.
+        made_for: the model that was profiled, if it is known.
 
     Raises:
         ValueError: rows of different lengths, or not as many alphas as betas.
@@ -31,6 +34,7 @@ class MoAPlan:
     alphas: _Table
     betas: _Table
     block: int = 64
+    made_for: MadeFor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("alphas", "betas"):
@@ -42,10 +46,16 @@ class MoAPlan:
             raise ValueError("MoAPlan: alphas and betas must be L rows of H numbers each")
 
     @classmethod
-    def of(cls, ids: Tensor, rules: Sequence[Rule], block: int = 64) -> MoAPlan:
+    def of(
+        cls,
+        ids: Tensor,
+        rules: Sequence[Rule],
+        block: int = 64,
+        made_for: MadeFor | None = None,
+    ) -> MoAPlan:
         """The plan that gives head `h` of layer `l` the rule `ids[l, h]`."""
         chosen = torch.tensor(rules, dtype=torch.float64)[ids]
-        return cls(_table(chosen[..., 0]), _table(chosen[..., 1]), block)
+        return cls(_table(chosen[..., 0]), _table(chosen[..., 1]), block, made_for)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -79,18 +89,28 @@ class MoAPlan:
         alpha, beta = (x.view(layers, kv_heads, -1) for x in self.tensors())
         widest = (alpha + beta * length).argmax(-1, keepdim=True)
         alpha, beta = (x.gather(-1, widest)[..., 0] for x in (alpha, beta))
-        return MoAPlan(_table(alpha), _table(beta), self.block)
+        return MoAPlan(_table(alpha), _table(beta), self.block, self.made_for)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, in the authors' form (`alphas`, `betas`) with the block beside."""
-        data = {"alphas": self.alphas, "betas": self.betas, "block": self.block}
+        """Write the plan as JSON, in the authors' form (`alphas`, `betas`) with the block and the model
+        beside."""
+        data: dict[str, object] = {"alphas": self.alphas, "betas": self.betas, "block": self.block}
+        if self.made_for is not None:
+            data["made_for"] = self.made_for.record()
         Path(path).write_text(json.dumps(data) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> MoAPlan:
-        """Read a plan that :meth:`save` wrote, or one of the authors' `moa_alpha_beta.json`."""
+        """Read a plan that :meth:`save` wrote, or one of the authors' `moa_alpha_beta.json`.
+
+        Raises:
+            ValueError: another file.
+        """
         given = json.loads(Path(path).read_text(encoding="utf-8"))
-        return cls(given["alphas"], given["betas"], int(given.get("block", 64)))
+        if not isinstance(given, dict) or not {"alphas", "betas"} <= given.keys():
+            raise ValueError(f"MoAPlan.load: {path} is no plan: expected alphas and betas in it")
+        made_for = MadeFor.read(given.get("made_for"), f"MoAPlan.load: {path}")
+        return cls(given["alphas"], given["betas"], int(given.get("block", 64)), made_for)
 
 
 def _table(x: Tensor) -> _Table:

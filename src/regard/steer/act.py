@@ -26,7 +26,7 @@ from ..models.calls import AttentionCall
 from ..models.compute import compute
 from ..models.edit import Edit, Site
 from ..models.heads import Head
-from ..models.method import Method
+from ..models.method import Calibrated
 from ..models.moves import move
 from .act_sums import ColumnSums
 
@@ -127,7 +127,7 @@ def _check(beta: float, min_rows: int) -> None:
 
 
 @dataclass(frozen=True)
-class ACT(Method):
+class ACT(Calibrated):
     """Attention calibration in a running model: ``regard.patch(model, ACT())``.
 
     It edits the weights of every row. A prompt's sinks are judged by all rows of the pass, so that
@@ -185,7 +185,7 @@ class ACT(Method):
             raise ValueError("ACT.save: heads is None; calibrate them first")
         knobs = {name: getattr(self, name) for name in _KNOBS}
         heads = torch.tensor(self.heads, dtype=torch.int64).reshape(-1, 2)
-        saved.write(path, "act", {"heads": heads}, knobs)
+        saved.write(path, "act", {"heads": heads}, knobs, self.made_for)
 
     @classmethod
     def load(cls, path: str | Path) -> ACT:
@@ -195,7 +195,8 @@ class ACT(Method):
             ValueError: another file.
         """
         tensors, knobs = saved.read(path, "act", "ACT")
-        return cls(heads=[(a, b) for a, b in tensors["heads"].tolist()], **knobs)
+        heads = [(a, b) for a, b in tensors["heads"].tolist()]
+        return cls(heads=heads, made_for=saved.model_of(path, "ACT"), **knobs)
 
     def _calibrate(self, weights: Tensor, site: Site) -> Tensor:
         call = site.call

@@ -25,7 +25,7 @@ from regard.card import Card
 from ..models import saved
 from ..models.calls import Pass
 from ..models.edit import After, Edit, Layers, Site
-from ..models.method import Method
+from ..models.method import Calibrated
 from ..models.moves import move
 from ..models.spans import Spans
 
@@ -132,7 +132,7 @@ def _check(p: float, without: str) -> None:
 
 
 @dataclass(frozen=True)
-class VAR(Method):
+class VAR(Calibrated):
     """Visual attention redistribution in a running model.
 
         with regard.patch(model, VAR(dims=[2533, 1415]), spans=Spans.of(image=(35, 611))):
@@ -188,7 +188,7 @@ class VAR(Method):
         """Write the dimensions (safetensors) and the knobs (JSON in its header)."""
         knobs = {name: getattr(self, name) for name in _KNOBS}
         dims = torch.tensor(self.dims, dtype=torch.int64)
-        saved.write(path, "var", {"dims": dims}, knobs)
+        saved.write(path, "var", {"dims": dims}, knobs, self.made_for)
 
     @classmethod
     def load(cls, path: str | Path) -> VAR:
@@ -198,7 +198,8 @@ class VAR(Method):
             ValueError: another file.
         """
         tensors, knobs = saved.read(path, "var", "VAR")
-        return cls(tuple(tensors["dims"].tolist()), **knobs)
+        made_for = saved.model_of(path, "VAR")
+        return cls(tuple(tensors["dims"].tolist()), made_for=made_for, **knobs)
 
     def _find(self, hidden: Tensor, site: Site) -> Tensor:
         """Sinks among the prompt's tokens, bool ``(B, columns so far)``, for the next layer."""

@@ -22,7 +22,7 @@ from regard.card import Card
 from ..models import saved
 from ..models.calls import Pass
 from ..models.edit import Edit, Layers, Rows, Site
-from ..models.method import Method
+from ..models.method import Calibrated
 from ..models.spans import Spans
 
 CARD = Card(
@@ -88,7 +88,7 @@ def default_layers(depth: int) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class VHR(Method):
+class VHR(Calibrated):
     """Vision-aware head reinforcement in a running model.
 
         method = calibrate_vhr(model, inputs, spans)          # Algorithm 1, one pass of both branches
@@ -162,7 +162,7 @@ class VHR(Method):
         if self.heads is None:
             raise ValueError("VHR.save: heads is None; calibrate_vhr finds them")
         knobs = {"alpha": self.alpha, "rows": self.rows, "image": self.image}
-        saved.write(path, "vhr", {"heads": self.heads}, knobs)
+        saved.write(path, "vhr", {"heads": self.heads}, knobs, self.made_for)
 
     @classmethod
     def load(cls, path: str | Path) -> VHR:
@@ -172,7 +172,7 @@ class VHR(Method):
             ValueError: another file.
         """
         tensors, knobs = saved.read(path, "vhr", "VHR")
-        return cls(heads=tensors["heads"], **knobs)
+        return cls(heads=tensors["heads"], made_for=saved.model_of(path, "VHR"), **knobs)
 
     def _choose(self, weights: Tensor, site: Site) -> Tensor:
         """Heads of one layer, from the prompt's last row ``(B, H, 1, M)`` and its values."""

@@ -24,7 +24,7 @@ from regard.card import Card
 from ..models import saved
 from ..models.activations import Inputs, capture
 from ..models.edit import Edit, Rows, Site
-from ..models.method import Method
+from ..models.method import Calibrated
 from .vista_logits import SelfLogits as SelfLogits
 from .vista_logits import self_logits as self_logits
 
@@ -96,7 +96,7 @@ def steer_preserving_norm(x: Tensor, v: Tensor, lam: float = 0.17) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class NormPreservingSteer(Method):
+class NormPreservingSteer(Calibrated):
     """Visual information steering in a running model.
 
         with regard.patch(model, calibrate_vista(model, negative, positive), SelfLogits.of(model)):
@@ -158,7 +158,7 @@ class NormPreservingSteer(Method):
             raise ValueError("NormPreservingSteer.save: rows must be a name, got a function")
         layers = None if self.layers is None else list(self.layers)
         knobs = {"lam": self.lam, "layers": layers, "rows": self.rows}
-        saved.write(path, "vista", {"v": self.v}, knobs)
+        saved.write(path, "vista", {"v": self.v}, knobs, self.made_for)
 
     @classmethod
     def load(cls, path: str | Path) -> NormPreservingSteer:
@@ -168,7 +168,8 @@ class NormPreservingSteer(Method):
             ValueError: another file.
         """
         tensors, knobs = saved.read(path, "vista", "NormPreservingSteer")
-        return cls(tensors["v"], **knobs)
+        made_for = saved.model_of(path, "NormPreservingSteer")
+        return cls(tensors["v"], made_for=made_for, **knobs)
 
 
 def calibrate_vista(

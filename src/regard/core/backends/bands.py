@@ -55,11 +55,7 @@ class BandTile:
         return self.row.may_be_empty
 
     def block(self, scores: Tensor) -> None:
-        if self.tiles.layout.mask is None:
-            return
-        grouped = self.by_head(scores)
-        for at, (a, z, _) in enumerate(self.row.masked):
-            grouped[..., a:z].add_(self.tiles.penalty(self.row, at))
+        self.tiles.hide(self.by_head(scores), self.row)
 
     def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tiles, device = self.tiles, self.tiles.q.device

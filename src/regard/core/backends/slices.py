@@ -61,14 +61,28 @@ class SliceTiles:
                 for line in range(0, self.lines, step):
                     yield SliceTile(self, row, slice(line, min(line + step, self.lines)))
 
-    def penalty(self, row: Row, at: int) -> Tensor:
-        """What the ``at``-th masked stretch of a row adds to scores: 0 or -inf, (R, L).
+    def hide(self, scores: Tensor, row: Row) -> None:
+        """Set a row's pairs ``(..., R, L)`` that are not allowed to -inf, in place.
 
-        Adding it is several times faster than filling by a bool mask.
+        Through their bits, times 1 or 0 plus those of -inf: NaN becomes -inf as well, in the time that
+        adding -inf takes. Filling by a bool mask takes several times as long.
         """
+        if self.layout.mask is None:
+            return
+        words = scores.element_size() // 4
+        bits = scores.view(torch.int32)
+        for at, (a, z, _) in enumerate(row.masked):
+            kept, hidden = self._masked(row, at)
+            part = bits[..., words * a : words * z]
+            torch.addcmul(hidden, part, kept, out=part)
+
+    def _masked(self, row: Row, at: int) -> tuple[Tensor, Tensor]:
+        """The ``at``-th masked stretch of a row in words of 32 bits ``(R, words * L)``: 1 where a pair
+        is allowed, 0 elsewhere; and 0 where it is allowed, the bits of -inf elsewhere."""
         layout = self.layout
         assert layout.mask is not None
-        store: dict[object, Tensor] = layout.memo.setdefault(("penalty", self.q.dtype), {})
+        store: dict[object, tuple[Tensor, Tensor]]
+        store = layout.memo.setdefault(("masked", self.q.dtype), {})
         a, z, keys = row.masked[at]
         key: object = (row.start, at)
         if layout.mask.relative and len(keys) == 1 and not layout.permuted:
@@ -76,12 +90,14 @@ class SliceTiles:
         if key in store:
             return store[key]
         allowed = layout.mask.allows(*self.positions(row, keys))
-        penalty = self.q.new_zeros(row.stop - row.start, z - a)
-        penalty.masked_fill_(~allowed, float("-inf"))
-        held = layout.memo.get("held", 0) + penalty.nbytes
+        hidden = self.q.new_zeros(row.stop - row.start, z - a)
+        hidden.masked_fill_(~allowed, float("-inf"))
+        kept = (hidden == 0).int().repeat_interleave(hidden.element_size() // 4, dim=-1)
+        found = kept, hidden.view(torch.int32)
+        held = layout.memo.get("held", 0) + sum(x.nbytes for x in found)
         if held <= _KEEP:
-            store[key], layout.memo["held"] = penalty, held
-        return penalty
+            store[key], layout.memo["held"] = found, held
+        return found
 
     def positions(self, row: Row, runs: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
         """Original positions of a row's queries ``(R, 1)`` and of stretches of keys ``(1, L)``."""
@@ -144,12 +160,8 @@ class SliceTile:
         return self.row.may_be_empty
 
     def block(self, scores: Tensor) -> None:
-        if self.tiles.layout.mask is None:
-            return
         rows = self.row.stop - self.row.start
-        grouped = scores.view(-1, self.tiles.group, rows, scores.shape[-1])
-        for at, (a, z, _) in enumerate(self.row.masked):
-            grouped[..., a:z].add_(self.tiles.penalty(self.row, at))
+        self.tiles.hide(scores.view(-1, self.tiles.group, rows, scores.shape[-1]), self.row)
 
     def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tiles, device = self.tiles, self.tiles.q.device
