@@ -90,9 +90,8 @@ def growth(sizes: Sizes = FULL) -> list[dict[str, Any]]:
             mask = make(n)
             q, k, v = qkv(getattr(mask, "tokens", n), heads)
             chosen = plan(q, k, v, mask=mask, backend="blocks")
-            layout = chosen.call.layout
-            assert layout is not None
-            listed.append(layout.listed_pairs() / layout.index.shape[1])
+            assert chosen.density is not None
+            listed.append(chosen.density * q.shape[2] ** 2)
             if listed[-1] * heads <= _MOST_PAIRS:
                 run = partial(attend, q, k, v, mask=mask, backend="blocks")
                 times.append(seconds(run, repeats=1 if sizes.quick else 3))

@@ -15,6 +15,7 @@ from .bias import Bias, as_bias
 from .call import Call
 from .layout import BlockLayout
 from .masks import Full, Mask
+from .windows import windows
 
 # Block sides of layouts made from masks, by device type: measured, see benchmarks/core.py.
 _BLOCK = {"cpu": (64, 64), "cuda": (128, 64)}
@@ -43,8 +44,9 @@ class Plan:
 
     @property
     def density(self) -> float | None:
-        """Work in the layout over work in the dense call; None where no layout was made."""
-        return None if self.call.layout is None else self.call.layout.density
+        """Work in the layout or the windows over work in the dense call; None where there is neither."""
+        work = self.call.windows or self.call.layout
+        return None if work is None else work.density
 
 
 def attend(
@@ -76,6 +78,11 @@ def attend(
         return_lse: also return the natural log-sum-exp of every row.
         backend: ``"auto"`` or one of ``reference``, ``sdpa``, ``blocks``, ``flex``, ``triton``.
         generator: source of randomness for dropout.
+
+    A key or a bias that is NaN or infinite spoils the rows that may see it and no others, on
+    ``reference`` and ``blocks``; ``sdpa`` promises nothing. Values must be finite on every backend,
+    hidden ones too, and so must everything that gradients pass through: a weight of 0 times NaN is NaN.
+    Fill with zeros what a cache has not written yet.
 
     Returns:
         ``out`` ``(B, H, N, Dv)`` in the dtype of ``q``, and with ``return_lse`` also ``lse``
@@ -187,20 +194,25 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[str, str, Call
         ready = _with_layout(q, k, call, name)
         why_not = get_backend(name).why_not(q, k, v, ready)
         if why_not is None:
-            reasons.append("computes only the listed blocks")
+            what = "listed blocks" if ready.windows is None else "tiles of the windows"
+            reasons.append(f"computes only the {what}")
             return name, "; ".join(reasons), ready
         reasons.append(f"{name}: {why_not}")
     return "reference", "; ".join(reasons), call
 
 
 def _with_layout(q: Tensor, k: Tensor, call: Call, name: str) -> Call:
-    """The call with the layout that a block-sparse backend needs."""
+    """The call with the layout, or the windows, that a block-sparse backend needs."""
     if call.layout is not None or name not in ("blocks", "flex", "triton"):
         return call
     n, m = q.shape[2], k.shape[2]
     if n == 0 or m == 0:
         return call
     mask = Full() if call.mask is None else call.mask
+    if name == "blocks" and q.device.type == "cpu":
+        tiles = windows(mask, n, m, len(k) * k.shape[1], q.shape[1] // k.shape[1])
+        if tiles is not None:
+            return replace(call, windows=tiles)
     bq, bk = _BLOCK.get(q.device.type, (128, 128))
     if name == "flex":
         bq = bk = 128

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .bias import Bias
     from .layout import BlockLayout
     from .masks import Mask
+    from .windows import Windows
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +21,7 @@ class Call:
     Attributes:
         mask: where a query may look; ``None`` means everywhere.
         layout: key blocks to read. If given, its ``mask`` field already holds ``mask``.
+        windows: tiles of a grid to read instead of a layout; they hold all that ``mask`` allows.
         bias: additive score term, not multiplied by ``scale``.
         scale: factor on ``q @ k^T``.
         dropout: probability of dropping an attention weight.
@@ -34,6 +36,7 @@ class Call:
     dropout: float = 0.0
     generator: torch.Generator | None = None
     need_lse: bool = False
+    windows: Windows | None = None
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -115,6 +115,22 @@ class GridMask(Mask):
         """
         raise NotImplementedError
 
+    def windows(self, axis: int, residue: int) -> tuple[Tensor, Tensor] | None:
+        """The keys of each place on one axis, where the mask is a window on every axis by itself.
+
+        Such a mask allows a pair of grid points if on every axis both belong to the same residue class
+        and the key's place lies in the window of the query's place. Windows are never empty, and
+        neither end moves back from one place to the next.
+
+        Args:
+            axis: an axis of the grid.
+            residue: a residue class of its :attr:`steps`; its places count steps.
+
+        Returns:
+            ``(lo, hi)``, int64, one entry a place, keys ``lo <= t < hi``; None for other masks.
+        """
+        return None
+
     @property
     def points(self) -> int:
         """Number of grid points."""

@@ -122,6 +122,11 @@ class Neighborhood(GridMask):
         """Whether every point sees the whole grid."""
         return all(w == extent and not causal for extent, w, _, _, causal in self.rules)
 
+    def windows(self, axis: int, residue: int) -> tuple[Tensor, Tensor]:
+        extent, w, s, d, causal = self.rules[axis]
+        length = len(range(residue, extent, d))
+        return interval(torch.arange(length), length, w, s, causal)
+
     def near(self, q: Point, k: Point) -> Tensor:
         found = None
         for x, y, (extent, w, s, d, causal) in zip(q, k, self.rules, strict=True):

@@ -1,8 +1,9 @@
 """Block-sparse attention in plain PyTorch: every device and dtype, forward and backward.
 
 Only the blocks of the layout are computed. A tile is a few query blocks against their key blocks,
-small enough that scores stay in cache; full blocks are not masked, partial ones are. There is no
-compilation and no warm-up; compiled code calls it as it is, instead of unrolling its tiles.
+small enough that scores stay in cache; full blocks are not masked, partial ones are. Windows of a
+grid have tiles of their own, which need no layout. There is no compilation and no warm-up; compiled code
+calls it as it is, instead of unrolling its tiles.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ from ..call import Call, compute_dtype
 from . import one_row
 from .gathered import GatheredTiles
 from .slices import SliceTiles
+from .strips import StripTiles
 from .tiles import Tile, Tiles, backward_tile, forward_tile
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor, call: Call) -> str | None:
-    """Serves every call that has a layout and something to compute."""
-    if call.layout is None:
+    """Serves every call that has a layout or windows, and something to compute."""
+    if call.layout is None and call.windows is None:
         return "it needs a layout or a mask, and at least one query and one key"
     return None
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | None]:
-    """Attention over the blocks of ``call.layout``; differentiable, also through the lse."""
+    """Attention over the blocks of ``call.layout``, or over ``call.windows``; differentiable, also
+    through the lse."""
     if torch.compiler.is_compiling():
         # Decorating at import would load the compiler, which takes a second.
         return cast("tuple[Tensor, Tensor | None]", torch.compiler.disable(_run)(q, k, v, call))
@@ -49,6 +52,8 @@ def _run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor | 
 
 
 def _tiles(q: Tensor, k: Tensor, v: Tensor, call: Call, keep_lse: bool = True) -> Tiles:
+    if call.windows is not None:
+        return StripTiles(q, k, v, call.windows, keep_lse)
     layout = call.layout
     assert layout is not None
     if layout.index.shape[:2] != (1, 1):

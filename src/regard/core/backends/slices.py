@@ -10,6 +10,7 @@ from torch import Tensor
 from ..balance import balanced
 from ..layout import BlockLayout
 from .bands import BandTile
+from .hidden import Hidden
 from .rows import Row, bands_of
 from .tiles import Scratch
 
@@ -62,27 +63,17 @@ class SliceTiles:
                     yield SliceTile(self, row, slice(line, min(line + step, self.lines)))
 
     def hide(self, scores: Tensor, row: Row) -> None:
-        """Set a row's pairs ``(..., R, L)`` that are not allowed to -inf, in place.
-
-        Through their bits, times 1 or 0 plus those of -inf: NaN becomes -inf as well, in the time that
-        adding -inf takes. Filling by a bool mask takes several times as long.
-        """
+        """Set a row's pairs ``(..., R, L)`` that are not allowed to -inf, in place."""
         if self.layout.mask is None:
             return
-        words = scores.element_size() // 4
-        bits = scores.view(torch.int32)
         for at, (a, z, _) in enumerate(row.masked):
-            kept, hidden = self._masked(row, at)
-            part = bits[..., words * a : words * z]
-            torch.addcmul(hidden, part, kept, out=part)
+            self._hidden(row, at).apply(scores[..., a:z])
 
-    def _masked(self, row: Row, at: int) -> tuple[Tensor, Tensor]:
-        """The ``at``-th masked stretch of a row in words of 32 bits ``(R, words * L)``: 1 where a pair
-        is allowed, 0 elsewhere; and 0 where it is allowed, the bits of -inf elsewhere."""
+    def _hidden(self, row: Row, at: int) -> Hidden:
+        """What hides pairs in the ``at``-th masked stretch of a row."""
         layout = self.layout
         assert layout.mask is not None
-        store: dict[object, tuple[Tensor, Tensor]]
-        store = layout.memo.setdefault(("masked", self.q.dtype), {})
+        store: dict[object, Hidden] = layout.memo.setdefault(("hidden", self.q.dtype), {})
         a, z, keys = row.masked[at]
         key: object = (row.start, at)
         if layout.mask.relative and len(keys) == 1 and not layout.permuted:
@@ -90,11 +81,8 @@ class SliceTiles:
         if key in store:
             return store[key]
         allowed = layout.mask.allows(*self.positions(row, keys))
-        hidden = self.q.new_zeros(row.stop - row.start, z - a)
-        hidden.masked_fill_(~allowed, float("-inf"))
-        kept = (hidden == 0).int().repeat_interleave(hidden.element_size() // 4, dim=-1)
-        found = kept, hidden.view(torch.int32)
-        held = layout.memo.get("held", 0) + sum(x.nbytes for x in found)
+        found = Hidden.of(allowed.expand(row.stop - row.start, z - a), self.q.dtype)
+        held = layout.memo.get("held", 0) + found.nbytes
         if held <= _KEEP:
             store[key], layout.memo["held"] = found, held
         return found
