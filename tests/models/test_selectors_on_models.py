@@ -10,12 +10,19 @@ import torch
 import regard
 from regard import Causal, Full
 from regard.models import Method, SelectMethod, StatsProbe, fork
+from regard.sparse.adaptive import AdaptiveTopK
 from regard.sparse.generic import BlockTopK, ExactTopK, Streaming, VerticalSlash
 
 from .tiny import ids, left_padding, make
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
-ALL = [ExactTopK(50, 4), BlockTopK(50, 4), Streaming(50, 4), VerticalSlash(100, 4)]
+ALL = [
+    ExactTopK(50, 4),
+    BlockTopK(50, 4),
+    AdaptiveTopK(50, 4),
+    Streaming(50, 4),
+    VerticalSlash(100, 4),
+]
 
 
 @torch.no_grad()

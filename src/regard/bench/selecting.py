@@ -12,6 +12,7 @@ from typing import TypeAlias
 from ..core.masks import Mask
 from ..core.select import Selector
 from ..models.method import Method
+from ..sparse.adaptive import AdaptiveTopK
 from ..sparse.cca_method import CCA
 from ..sparse.generic import BlockTopK, ExactTopK, VerticalSlash
 from ..sparse.hip import HiP
@@ -86,6 +87,11 @@ SELECTING: dict[str, Kind] = {
         lambda keys, heads: BlockTopK(
             max(1, keys // 8), 8, block_q=32, summary="bounds", share="head", recent=5
         ),
+    ),
+    "adaptive-topk": Kind(
+        "keys a query reads on average, in blocks of 8; heads of a layer divide them",
+        budget,
+        lambda keys, heads: AdaptiveTopK(max(1, keys // 8), 8, block_q=32, recent=5),
     ),
     "vertical-slash": Kind(
         _IN_BLOCKS, budget, lambda keys, heads: VerticalSlash(_blocks(keys), _BLOCK)
