@@ -2,7 +2,7 @@
 
     python -m benchmarks.linear_systems [--json]
 
-Sequences of 1k to 64k tokens, images of side 32 to 256; forward pass without gradients. The time of a
+Sequences of 1k to 256k tokens, images of side 32 to 512; forward pass without gradients. The time of a
 token at each length stands over its mean over the lengths, 1 where the cost is O(N). Lengths are run in
 turn, several times, so that all of them see the same machine.
 """
@@ -34,11 +34,12 @@ from regard.linear.tnl import TNLAttention
 
 from . import main
 
-SIDES = (32, 64, 128, 256)
-ROUNDS = 5
+SIDES = (32, 64, 128, 256, 512)
+ROUNDS = 3
 # Tokens a round at every length at least, so that short calls are not all overhead of the clock.
 _TOKENS = 1 << 15
-_DIM, _HEADS = 64, 4
+# Heads of 64 channels. Layers that expand a token to thousands of numbers are measured at _NARROW.
+_DIM, _HEADS, _NARROW = 256, 4, 64
 Call = Callable[[], Any]
 Make = Callable[[int], Call]
 
@@ -48,7 +49,7 @@ def _draw(*shape: int) -> Tensor:
 
 
 def _lightning(side: int) -> Call:
-    q, k, v = (_draw(1, _HEADS, side**2, _DIM) for _ in range(3))
+    q, k, v = (_draw(1, _HEADS, side**2, _DIM // _HEADS) for _ in range(3))
     return lambda: lightning_attention(q, k, v, decay_slopes(_HEADS))
 
 
@@ -80,7 +81,8 @@ def _image(layer: Callable[[int], Any], width: int = _DIM, *, last: bool = False
 
 
 def _lamamba(side: int) -> Call:
-    x, c, block = _draw(1, side, side, _DIM), _draw(1, _DIM), LaMambaBlock(_DIM, _DIM, side)
+    x, c = _draw(1, side, side, _NARROW), _draw(1, _NARROW)
+    block = LaMambaBlock(_NARROW, _NARROW, side)
     return lambda: block(x, c)
 
 
@@ -96,7 +98,7 @@ SYSTEMS: dict[str, Make] = {
         f"hybrid-linear, {kind}": _sequence(lambda side, k=kind: TokenMixer(k, _DIM, _HEADS))  # type: ignore[misc]
         for kind in KINDS
     },
-    "miras, Yaad": _sequence(lambda side: MirasLayer(_DIM, _HEADS)),
+    "miras, Yaad": _sequence(lambda side: MirasLayer(_NARROW, _HEADS), _NARROW),
     "hyperzzw": _image(lambda side: HyperInteraction(_DIM, side)),
     "mambaout": _image(lambda side: GatedCNNBlock(_DIM), last=True),
     "lamamba": _lamamba,

@@ -83,25 +83,26 @@ def _scan(x: Tensor, rate: Tensor, start: Tensor) -> Tensor:
     length = x.shape[1]
     side = max(1, math.isqrt(length))
     whole = length // side * side
-    out = torch.empty_like(x)
-    h = start
+    out, h = torch.empty_like(x), start
     if whole:
-        inside = x[:, :whole].unflatten(1, (-1, side))
-        rates = rate[:, :whole].unflatten(1, (-1, side))
-        found = out[:, :whole].unflatten(1, (-1, side))
-        kept = torch.empty_like(inside)
-        found[:, :, 0], kept[:, :, 0] = inside[:, :, 0], rates[:, :, 0]
+        rates, found = (y[:, :whole].unflatten(1, (-1, side)) for y in (rate, out))
+        kept = torch.empty_like(rates)
+        # Views are made once: for short sequences making them takes longer than the arithmetic.
+        added = x[:, :whole].unflatten(1, (-1, side)).unbind(2)
+        factor, inside, past = rates.unbind(2), found.unbind(2), kept.unbind(2)
+        inside[0].copy_(added[0])
+        past[0].copy_(factor[0])
         for t in range(1, side):
-            torch.mul(rates[:, :, t], found[:, :, t - 1], out=found[:, :, t])
-            found[:, :, t] += inside[:, :, t]
-            torch.mul(rates[:, :, t], kept[:, :, t - 1], out=kept[:, :, t])
-        entering = torch.empty_like(found[:, :, 0])
-        for c in range(whole // side):
-            entering[:, c] = h
-            h = kept[:, c, -1] * h + found[:, c, -1]
-        found += kept.mul_(entering[:, :, None])
+            torch.addcmul(added[t], factor[t], inside[t - 1], out=inside[t])
+            torch.mul(factor[t], past[t - 1], out=past[t])
+        entering = torch.empty_like(inside[0])
+        chunks = zip(inside[-1].unbind(1), past[-1].unbind(1), entering.unbind(1), strict=True)
+        for last, through, before in chunks:
+            before.copy_(h)
+            h = torch.addcmul(last, through, h)
+        found.addcmul_(kept, entering[:, :, None])
     for t in range(whole, length):
-        h = rate[:, t] * h + x[:, t]
+        h = torch.addcmul(x[:, t], rate[:, t], h)
         out[:, t] = h
     return out
 
