@@ -4,7 +4,7 @@
 
 ``speed`` is ``attend(mask=pattern)`` over PyTorch's dense fused attention (causal where the pattern
 is) at N >= 8192. ``bound`` is dense pairs over allowed pairs; the note says how many of the pairs in
-the listed blocks are allowed, which is the share that blocks of this size leave possible.
+the blocks or tiles that are read are allowed, which is the share that tiles of this size leave possible.
 ``growth`` gives slopes of log over log from 1k to 64k tokens beside the stated ones. ``natten`` is
 against NATTEN on the same machine. ``--flex`` adds FlexAttention, which compiles for every pattern.
 ``--quick`` runs small sizes, to see that everything runs.
@@ -74,15 +74,15 @@ def _over_sdpa(case: Case, repeats: int) -> dict[str, Any]:
     work = plan(q, k, v, mask=mask).density
     note = f"{density:.2%} of all pairs"
     if work:
-        note += f"; {density / work:.0%} of the pairs in listed blocks"
+        note += f"; {density / work:.0%} of the pairs that are read"
     if case.call is not None:
-        note += f" of attend(mask=...), here through {case.through}"
+        note += f" by attend(mask=...), here through {case.through}"
     taken = paired(ours, theirs, repeats=repeats)
     return row(f"{case.name}, N={n}", *taken, dense / density, note)
 
 
 def growth(sizes: Sizes = FULL) -> list[dict[str, Any]]:
-    """Listed pairs and seconds over N, as slopes of log over log."""
+    """Pairs that are read and seconds over N, as slopes of log over log."""
     rows = []
     for name, (make, heads, stated, words) in GROWTH.items():
         lengths, listed, times = sizes.growth, [], []
@@ -102,7 +102,7 @@ def growth(sizes: Sizes = FULL) -> list[dict[str, Any]]:
             for y in (listed, work)
         )
         note = (
-            f"listed pairs grow as {found}; stated {words}: {expected}; "
+            f"pairs read grow as {found}; stated {words}: {expected}; "
             f"time as N^{slope(timed, times):.2f} up to N={timed[-1]}"
         )
         rows.append(row(f"growth: {name}", times[-1], None, None, note))

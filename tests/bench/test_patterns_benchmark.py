@@ -46,7 +46,7 @@ def test_growth():
     (window,) = (row["note"] for row in rows if row["name"] == "growth: sliding window 256")
     mask = Causal() & SlidingWindow(255)
     few, many = (mask.layout(n, n, (128, 64)).listed_pairs() for n in (1024, 4096))
-    assert f"listed pairs grow as N^{math.log(many / few, 4):.2f}, " in window
+    assert f"pairs read grow as N^{math.log(many / few, 4):.2f}, " in window
     assert "stated N: N^1.00" in window
 
 

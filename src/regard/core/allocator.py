@@ -8,6 +8,8 @@ import sys
 # mallopt's parameters, of glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST = 2**31 - 1
+# Of the threshold for giving memory back: never.
+_NEVER = -1
 
 
 def keep_memory() -> bool:
@@ -16,7 +18,8 @@ def keep_memory() -> bool:
     glibc maps every large tensor anew and unmaps it when it is freed, and the system clears each page
     of it when it is first touched. On a CPU that is a tenth to a half of the time of attention over
     long sequences. Call it once, early; a process that has used much memory then goes on holding it.
-    The same from outside: ``MALLOC_MMAP_THRESHOLD_=2147483647 MALLOC_TRIM_THRESHOLD_=2147483647``.
+    Tensors above 2 GB are still mapped anew. From outside, for up to 2 GB in all:
+    ``MALLOC_MMAP_THRESHOLD_=2147483647 MALLOC_TRIM_THRESHOLD_=2147483647``.
 
     Returns:
         Whether the C library is one that can be told (glibc on Linux).
@@ -26,5 +29,5 @@ def keep_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    asked = [mallopt(name, _MOST) for name in (_MMAP_THRESHOLD, _TRIM_THRESHOLD)]
-    return all(done == 1 for done in asked)
+    asked = ((_MMAP_THRESHOLD, _MOST), (_TRIM_THRESHOLD, _NEVER))
+    return all(mallopt(name, value) == 1 for name, value in asked)

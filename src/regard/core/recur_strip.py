@@ -69,7 +69,7 @@ def pairs(rows: Tensor, k: Tensor, sums: Tensor | None, channels: bool) -> Tenso
     chunk = k.shape[2]
     products: Tensor = (rows.flatten(2, 3) @ k.mT).unflatten(2, (-1, chunk))
     if sums is None:
-        return products.tril()
+        return products.tril_()
     return products * _falling(sums[..., :, None] - sums[..., None, :])[:, :, None]
 
 

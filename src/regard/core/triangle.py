@@ -27,8 +27,10 @@ class _Inverse(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         side = x.shape[-1]
         whole = 1 << (side - 1).bit_length()
-        system = F.pad(x, (0, whole - side, 0, whole - side)).reshape(-1, whole, whole)
-        inverse = torch.eye(whole, dtype=x.dtype, device=x.device).repeat(len(system), 1, 1)
+        wider = whole - side
+        system = (F.pad(x, (0, wider, 0, wider)) if wider else x).reshape(-1, whole, whole)
+        inverse = torch.zeros_like(system, memory_format=torch.contiguous_format)
+        inverse.diagonal(dim1=1, dim2=2).fill_(1.0)
         s = 1
         while s < whole:
             known, given = _diagonal(inverse, 2 * s), _diagonal(system, 2 * s)
