@@ -111,7 +111,8 @@ def test_usage_and_repr_are_read_back(name: str) -> None:
     [
         ("Rectangles('x')", r"is not allowed here"),
         ("Clear('x', 4, 1)", r"not allowed here"),
-        ("Clear([1], 4, 1)", r"'Clear\(\[1\], 4, 1\)' cannot be made: "),
+        ("Clear([1], 4, 1)", r"Clear: height cannot be \[1\]"),
+        ("Halo(3, 1, 1)", r"'Halo\(3, 1, 1\)' cannot be made: "),
         ("S2(4, vert_positions='nowhere')", r"vert_positions must be"),
         ("Sinks(1, 2)", r"too many positional arguments; it is Sinks\(n\)"),
         ("MaskGroup()", r"there is no MaskGroup"),
@@ -135,6 +136,8 @@ def test_usage_and_repr_are_read_back(name: str) -> None:
         ("Sinks('x')", r"is not allowed here"),
         ("PerHead(Causal())", r"PerHead: masks cannot be Causal\(\)"),
         ("Shifted(3, 1)", r"Shifted: mask cannot be 3"),
+        ("Halo((8, 8), 2, halo=True)", r"Halo: halo cannot be True"),
+        ("Halo((8, 8), 2, 1, padded=[])", r"Halo: padded cannot be \[\]"),
         ("Rectangles([Causal()])", r"Rectangles: queries must be ranges .*, got \[Causal\(\)\]"),
         ("Documents([[1], [2, 3]])", r"Documents: expected lists of numbers"),
         ("().__class__", r"is not allowed here"),

@@ -141,7 +141,9 @@ class _Parser:
         except TypeError as error:
             raise ValueError(f"mask: {name}: {error}; it is {name}{self._usage(name)}") from error
         for word, value in given.items():
-            if word in _KINDS and not isinstance(value, _KINDS[word]):
+            # Python takes True for 1, and a list for a flag; a person who types it means neither.
+            wrong = hints.get(word) in (int, bool) and type(value) is not hints[word]
+            if wrong or (word in _KINDS and not isinstance(value, _KINDS[word])):
                 raise ValueError(f"mask: {name}: {word} cannot be {value!r}")
         try:
             return maker(*args, **named)
