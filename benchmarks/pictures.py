@@ -33,7 +33,7 @@ FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
 COLOURS = (ACCENT, "#c2571a", "#3c8d5a")
 
 
-def gridpng(
+def grid_png(
     panels: Sequence[tuple[str, Mask]], grid: tuple[int, int], queries: Sequence[tuple[int, int]]
 ) -> bytes:
     """Keys of some queries on a grid, one panel a mask; where they share keys, the last one shows.
@@ -64,7 +64,7 @@ def gridpng(
     return png(figure)
 
 
-def maskspng(panels: Sequence[tuple[str, Mask]], n: int) -> bytes:
+def masks_png(panels: Sequence[tuple[str, Mask]], n: int) -> bytes:
     """Several masks over `n` tokens side by side."""
     figure, axes = _figure(len(panels), 2.9)
     for (title, mask), panel in zip(panels, axes, strict=True):
@@ -74,7 +74,7 @@ def maskspng(panels: Sequence[tuple[str, Mask]], n: int) -> bytes:
     return png(figure)
 
 
-def curvespng(curves: dict[str, list[RankError]]) -> bytes:
+def curves_png(curves: dict[str, list[RankError]]) -> bytes:
     """Rank against error: of the scores dashed, of the output whole."""
     figure, (panel,) = _figure(1, 5.6, 0.62)
     for (name, points), colour in zip(curves.items(), COLOURS, strict=True):
@@ -126,7 +126,7 @@ def neighborhood() -> bytes:
         ("window 8 x 8, dilation 3", Neighborhood(grid, 8, 1, 3)),
         ("window 11 x 11, rows causal", Neighborhood(grid, 11, 1, 1, (True, False))),
     ]
-    return gridpng(panels, grid, _POINTS)
+    return grid_png(panels, grid, _POINTS)
 
 
 def gna() -> bytes:
@@ -134,7 +134,7 @@ def gna() -> bytes:
     panels = [
         (f"window 16, stride {stride}", Neighborhood((64,), 16, stride)) for stride in (1, 8, 16)
     ]
-    return maskspng(panels, 64)
+    return masks_png(panels, 64)
 
 
 def fna() -> bytes:
@@ -166,7 +166,7 @@ def dinat() -> bytes:
         (f"window 7 x 7, dilation {dilation}", Neighborhood(grid, 7, 1, dilation))
         for dilation in (1, 2, 4)
     ]
-    return gridpng(panels, grid, _POINTS)
+    return grid_png(panels, grid, _POINTS)
 
 
 def power() -> bytes:
@@ -189,14 +189,14 @@ def clear() -> bytes:
     """Circles of three radii."""
     grid = (32, 32)
     panels = [(f"radius {radius}", clear_mask(*grid, radius, 8)) for radius in (4, 8, 12)]
-    return gridpng(panels, grid, _POINTS)
+    return grid_png(panels, grid, _POINTS)
 
 
 def halonet() -> bytes:
     """Blocks and halos."""
     grid = (32, 32)
     panels = [(f"block 8, halo {halo}", Halo(grid, 8, halo)) for halo in (0, 3, 6)]
-    return gridpng(panels, grid, _POINTS)
+    return grid_png(panels, grid, _POINTS)
 
 
 def windows() -> bytes:
@@ -207,12 +207,12 @@ def windows() -> bytes:
         ("dilated", Causal() & Dilated(7, 3)),
         ("strided", Causal() & (SlidingWindow(7) | Strided(8))),
     ]
-    return maskspng(panels, 64)
+    return masks_png(panels, 64)
 
 
 def flashbias() -> bytes:
     """Rank against error of a Swin window's bias."""
-    return curvespng(rank_curves())
+    return curves_png(rank_curves())
 
 
 PICTURES: dict[str, Callable[[], bytes]] = {

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# Bytes kept with one layout or one set of windows; what goes beyond is made anew at each call.
+_KEEP = 1 << 27
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,3 +44,14 @@ class Hidden:
         """In place."""
         found = scores.view(torch.int32)
         torch.addcmul(self.bits, found, self.kept, out=found)
+
+
+def remembered(memo: dict[Any, Any], key: object, make: Callable[[], Hidden]) -> Hidden:
+    """What stands in ``memo`` under ``("hidden", key)``; made and, where there is room, kept there."""
+    found: Hidden | None = memo.get(("hidden", key))
+    if found is None:
+        found = make()
+        held = memo.get("held", 0) + found.nbytes
+        if held <= _KEEP:
+            memo["hidden", key], memo["held"] = found, held
+    return found

@@ -10,15 +10,13 @@ from torch import Tensor
 from ..balance import balanced
 from ..layout import BlockLayout
 from .bands import BandTile
-from .hidden import Hidden
+from .hidden import Hidden, remembered
 from .rows import Row, bands_of
 from .tiles import Scratch
 
 # Scores of one tile: 4 MB in float32. With fewer, the products of a few heads keep no two cores busy;
 # with more, they leave the caches (measured).
 _PAIRS = 1 << 20
-# Bytes of partial blocks' masks kept with a layout; beyond it they are made anew at each call.
-_KEEP = 1 << 27
 
 
 class SliceTiles:
@@ -71,21 +69,18 @@ class SliceTiles:
 
     def _hidden(self, row: Row, at: int) -> Hidden:
         """What hides pairs in the ``at``-th masked stretch of a row."""
-        layout = self.layout
+        layout, (a, z, keys) = self.layout, row.masked[at]
         assert layout.mask is not None
-        store: dict[object, Hidden] = layout.memo.setdefault(("hidden", self.q.dtype), {})
-        a, z, keys = row.masked[at]
-        key: object = (row.start, at)
+        key: tuple[object, ...] = (row.start, at)
         if layout.mask.relative and len(keys) == 1 and not layout.permuted:
             key = (row.start - keys[0][0], row.stop - row.start, z - a, "relative")
-        if key in store:
-            return store[key]
-        allowed = layout.mask.allows(*self.positions(row, keys))
-        found = Hidden.of(allowed.expand(row.stop - row.start, z - a), self.q.dtype)
-        held = layout.memo.get("held", 0) + found.nbytes
-        if held <= _KEEP:
-            store[key], layout.memo["held"] = found, held
-        return found
+
+        def make() -> Hidden:
+            assert layout.mask is not None
+            allowed = layout.mask.allows(*self.positions(row, keys))
+            return Hidden.of(allowed.expand(row.stop - row.start, z - a), self.q.dtype)
+
+        return remembered(layout.memo, (self.q.dtype, *key), make)
 
     def positions(self, row: Row, runs: tuple[tuple[int, int], ...]) -> tuple[Tensor, Tensor]:
         """Original positions of a row's queries ``(R, 1)`` and of stretches of keys ``(1, L)``."""

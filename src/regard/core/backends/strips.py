@@ -16,15 +16,13 @@ from torch import Tensor
 
 from ..balance import balanced
 from ..windows import Stretch, Windows
-from .hidden import Hidden
+from .hidden import Hidden, remembered
 from .tiles import Scratch
 
 # Scores of one tile: 4 MB in float32, as in slices.
 _PAIRS = 1 << 20
 # Numbers of one strip of keys: 16 MB in float32. Larger ones leave the caches.
 _STRIP = 1 << 22
-# Bytes of masks kept with the windows; beyond it they are made anew at each call.
-_KEEP = 1 << 26
 
 
 class StripTiles:
@@ -68,19 +66,17 @@ class StripTiles:
 
     def _hidden(self, box: tuple[Stretch, ...]) -> Hidden:
         """What hides pairs in a tile; tiles whose windows lie alike share it."""
-        store: dict[object, Hidden] = self.windows.memo.setdefault(self.q.dtype, {})
-        key = tuple(stretch.kind for stretch in box)
-        if key in store:
-            return store[key]
-        allowed = torch.ones(1, 1, dtype=torch.bool)
-        for stretch in box:
-            own = stretch.allowed()
-            allowed = (allowed[:, None, :, None] & own[None, :, None, :]).flatten(2).flatten(0, 1)
-        found = Hidden.of(allowed.to(self.q.device), self.q.dtype)
-        held = self.windows.memo.get("held", 0) + found.nbytes
-        if held <= _KEEP:
-            store[key], self.windows.memo["held"] = found, held
-        return found
+
+        def make() -> Hidden:
+            allowed = torch.ones(1, 1, dtype=torch.bool)
+            for stretch in box:
+                own = stretch.allowed()
+                allowed = (allowed[:, None, :, None] & own[None, :, None, :]).flatten(2)
+                allowed = allowed.flatten(0, 1)
+            return Hidden.of(allowed.to(self.q.device), self.q.dtype)
+
+        kinds = (stretch.kind for stretch in box)
+        return remembered(self.windows.memo, (self.q.dtype, *kinds), make)
 
     def result(self) -> tuple[Tensor, Tensor]:
         b, h, n = self.shape
